@@ -1,0 +1,266 @@
+"""Fit a dictionary: the recipe, the objective that the training loop minimises, and what follows the last step."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.allocate import FeatureChoice, MutualChoice, Rule, TokenChoice, Zipf
+from apportion.errors import InputError
+from apportion.features.dictionary import SparseAutoencoder
+from apportion.features.jump_relu import LearnedThreshold
+from apportion.features.losses import aux_k_loss, gated_loss, l0_loss, l1_loss, reconstruction_loss
+from apportion.features.mutual_feature_choice import Phases, fit_zipf, set_shares_by_demand, underused_features
+from apportion.features.rules import rule_to_dict
+from apportion.training import Hook, TrainingResult, TrainingSettings, train
+
+Batches = Callable[[int], Float[Tensor, "tokens d"]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train one dictionary; the defaults are those of the method sheet of arXiv 2411.02124 and its peers.
+
+    Args:
+        rule: who gets the budget, see ``SparseAutoencoder``.
+        n_features: F.
+        steps: optimiser steps.
+        batch_size: tokens a step.
+        gated: see ``SparseAutoencoder``.
+        learning_rate: of Adam; default ``2e-4 / sqrt(F / 2**14)``.
+        auxiliary: revive features that are underused by Zipf's law (``zipf``), or silent for long (``dead``), or none.
+        auxiliary_weight: of that loss.
+        auxiliary_size: candidates per token; default half the width.
+        underused_cut: below which share of its Zipf expectation a feature counts as underused.
+        dead_after: tokens of silence after which a feature is dead; default a quarter of the run, at most 10 million.
+        phases: see ``Phases``.
+        target_l0: for rules without a budget (ReLU, JumpReLU, Gated): the mean L0 to steer the penalty to.
+        penalty: weight of their sparsity loss at the start (and for good, without ``target_l0``).
+        precision: of the encoder product, ``float32`` or ``bfloat16``.
+        seed: of the initial directions and of the training loop.
+    """
+
+    rule: Rule | LearnedThreshold
+    n_features: int
+    steps: int
+    batch_size: int = 4096
+    gated: bool = False
+    learning_rate: float | None = None
+    auxiliary: Literal["zipf", "dead", "none"] = "zipf"
+    auxiliary_weight: float = 1 / 32
+    auxiliary_size: int | None = None
+    underused_cut: float = 0.5
+    dead_after: int | None = None
+    phases: Phases = field(default_factory=Phases)
+    target_l0: float | None = None
+    penalty: float = 1e-3
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_features", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.auxiliary not in ("zipf", "dead", "none"):
+            raise InputError(f"auxiliary={self.auxiliary!r}: one of zipf, dead, none")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision={self.precision!r}: one of float32, bfloat16")
+        if self.target_l0 is not None and not 0 < self.target_l0 <= self.n_features:
+            raise InputError(f"target_l0={self.target_l0}: must be above 0 and at most n_features={self.n_features}")
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the rule itself sets the sparsity, rather than a penalty."""
+        return isinstance(self.rule, (TokenChoice, MutualChoice, FeatureChoice))
+
+    @property
+    def silence(self) -> int:
+        """Tokens without firing after which a feature counts as dead."""
+        if self.dead_after is not None:
+            return self.dead_after
+        return max(self.batch_size, min(10_000_000, self.steps * self.batch_size // 4))
+
+    def settings(self, **overrides: Any) -> TrainingSettings:
+        """Settings of the training loop."""
+        rate = self.learning_rate or 2e-4 / math.sqrt(self.n_features / 2**14)
+        shown = ("loss", "fvu", "l0", "dead")
+        return TrainingSettings(
+            **{"steps": self.steps, "learning_rate": rate, "seed": self.seed, "progress_metrics": shown, **overrides}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that decides the weights, as JSON-ready values."""
+        return {**asdict(self), "rule": rule_to_dict(self.rule)}
+
+
+class DictionaryObjective:
+    """Loss of a batch under a recipe. Holds no state: what changes from step to step is in the dictionary's buffers."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def __call__(
+        self, sae: SparseAutoencoder, batch: Float[Tensor, "tokens d"], step: int
+    ) -> tuple[Float[Tensor, ""], dict[str, float | Tensor]]:
+        """Loss and metrics; updates the dictionary's statistics."""
+        recipe = self.recipe
+        target = batch * sae.input_scale
+        x = sae.centred(batch)
+        rule = recipe.phases.rule(recipe.rule, recipe.n_features, step, recipe.steps) if recipe.has_budget else None
+        self._refresh(sae, x, step)
+        codes = sae.encode_centred(x, "batch", rule)
+        output = sae.decode_scaled(codes)
+        loss = fvu = reconstruction_loss(target, output)
+        if not recipe.has_budget:
+            loss = loss + self._penalty(sae, x, target, codes.nnz / max(codes.shape[0], 1))
+        if recipe.auxiliary != "none" and step > 0:
+            revive = sae.statistics.dead(recipe.silence) | sae.statistics.underused
+            auxiliary = aux_k_loss(sae, x, target - output, revive, recipe.auxiliary_size)
+            loss = loss + recipe.auxiliary_weight * auxiliary
+        sae.statistics.update(codes.detach(), shared_threshold=not isinstance(rule, FeatureChoice))
+        if isinstance(recipe.rule, FeatureChoice) and isinstance(rule, MutualChoice):
+            sae.statistics.update_demand(codes.detach())
+        return loss, {
+            "fvu": fvu.detach(),
+            "l0": codes.nnz / max(codes.shape[0], 1),
+            "dead": sae.statistics.dead(recipe.silence).float().mean(),
+            "underused": sae.statistics.underused.float().mean(),
+        }
+
+    @torch.no_grad()
+    def _refresh(self, sae: SparseAutoencoder, x: Tensor, step: int) -> None:
+        """Now and then: which features are underused, and how Feature Choice ranks them."""
+        recipe, phases = self.recipe, self.recipe.phases
+        first = phases.feature_choice_starts(recipe.steps)
+        if isinstance(recipe.rule, FeatureChoice) and first > 0 and step >= first:
+            if step == first:
+                set_shares_by_demand(sae, self._profile(sae), hysteresis=0.0)
+            elif step % phases.refresh_every == 0:
+                sae.statistics.update_demand(
+                    sae.encode_centred(x, "batch", MutualChoice(recipe.rule.mean_budget(recipe.n_features)))
+                )
+                set_shares_by_demand(sae, self._current_profile(sae))
+        if recipe.auxiliary == "zipf" and step > 0 and step % phases.refresh_every == 0:
+            density = sae.statistics.density
+            try:
+                underused = underused_features(density, fit_zipf(density), recipe.underused_cut)
+            except InputError:  # almost nothing fires: there is no law to compare with, only the dead to revive
+                underused = density == 0
+            sae.statistics.underused.copy_(underused)
+
+    def _profile(self, sae: SparseAutoencoder) -> Zipf:
+        """The law that the Mutual Choice phase showed, kept in the dictionary's buffers for later steps."""
+        try:
+            profile = fit_zipf(sae.statistics.demand).profile
+        except InputError:
+            profile = Zipf()
+        sae.zipf.copy_(torch.tensor([profile.exponent, profile.offset], dtype=sae.zipf.dtype))
+        return profile
+
+    @staticmethod
+    def _current_profile(sae: SparseAutoencoder) -> Zipf:
+        exponent, offset = sae.zipf.tolist()
+        return Zipf(exponent, offset)
+
+    def _penalty(self, sae: SparseAutoencoder, x: Tensor, target: Tensor, l0: float) -> Tensor:
+        """The weighted sparsity loss of a rule without a budget; steers its weight to the target L0."""
+        recipe = self.recipe
+        weight = recipe.penalty * sae.statistics.log_penalty.exp()
+        if recipe.target_l0 is not None:
+            # A step of at most 2 % (up when too much fires): slow enough for the thresholds and norms to follow.
+            error = math.log(max(l0, 1e-3) / recipe.target_l0)
+            sae.statistics.log_penalty += 0.02 * max(-1.0, min(1.0, error))
+        if recipe.gated:
+            sparsity, auxiliary = gated_loss(sae, x, target)
+            return weight * sparsity + auxiliary
+        if isinstance(recipe.rule, LearnedThreshold):
+            return weight * l0_loss(sae, x)
+        return weight * l1_loss(sae.encode_centred(x, "batch"), sae.decoder_weight)
+
+
+class UnitDecoder(Hook[SparseAutoencoder]):
+    """Keep decoder rows at unit norm: project the gradient before the step, normalise after it."""
+
+    def before_step(self, module: SparseAutoencoder, step: int) -> None:
+        """Project."""
+        module.project_decoder_gradient()
+
+    def after_step(self, module: SparseAutoencoder, step: int, metrics: dict[str, int | float | Tensor]) -> None:
+        """Normalise."""
+        module.normalise_decoder()
+
+
+def fit_dictionary(
+    recipe: Recipe,
+    batches: Batches,
+    d_in: int,
+    *,
+    calibration: Callable[[], Iterable[Float[Tensor, "tokens d"]]] | None = None,
+    folder: Path | str | None = None,
+    provenance: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    **settings: Any,
+) -> tuple[SparseAutoencoder, TrainingResult]:
+    """Train a dictionary by a recipe: initialise, train, calibrate, fold the input scale.
+
+    Args:
+        recipe: see ``Recipe``.
+        batches: activations of a step, [batch_size, d_in]; the same step always gives the same batch.
+        d_in: their width.
+        calibration: gives batches of held-out activations for the inference thresholds; without it the running
+            estimates of training serve.
+        folder: for checkpoints and logs; an interrupted run in it is resumed. None keeps nothing on disk.
+        provenance: what else decides the weights (the data); a run that was trained on something else is not resumed.
+        device: where to train.
+        progress: show it on stderr.
+        settings: overrides of ``TrainingSettings``.
+
+    Returns:
+        The dictionary in evaluation mode, in the units of the activations, and how training ended. If training was
+        paused before its end the dictionary is neither calibrated nor folded.
+    """
+    sae = SparseAutoencoder(d_in, recipe.n_features, recipe.rule, gated=recipe.gated, seed=recipe.seed)
+    sae.precision = recipe.precision
+    sae.initialise_from(batches(0))
+    sae.to(device)
+    on_device: Batches = batches if str(device) == "cpu" else lambda step: batches(step).to(device)
+    result = train(
+        sae,
+        DictionaryObjective(recipe),
+        on_device,
+        recipe.settings(**settings),
+        folder,
+        hooks=[UnitDecoder()],
+        provenance=_flat({"recipe": recipe.to_json(), "d_in": d_in, **(provenance or {})}),
+        progress=progress,
+    )
+    if result.steps_done < recipe.steps:
+        return sae, result
+    sae.eval()
+    if calibration is not None:
+        rows = sum(each.shape[0] for each in calibration())
+        sae.calibrate((each.to(device) for each in calibration()), rows)
+    sae.fold_scale()
+    sae.metadata = {"recipe": recipe.to_json(), "tokens_seen": int(sae.statistics.tokens_seen), **(provenance or {})}
+    return sae, result
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Nested JSON as one level with dotted names, so that what differs between two runs can be named."""
+    return dict(_walk(content, prefix))
+
+
+def _walk(content: Any, name: str) -> Iterator[tuple[str, str | int | float | bool | None]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _walk(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, (list, tuple)):
+        yield name, str(list(content))
+    else:
+        yield name, content

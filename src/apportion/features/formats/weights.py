@@ -1,0 +1,124 @@
+"""What a sparse autoencoder comes down to in whoever's file: two matrices and two biases."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from apportion.allocate import Rule
+from apportion.data.files import write_atomically
+from apportion.errors import InputError
+from apportion.features.dictionary import SparseAutoencoder
+from apportion.features.jump_relu import LearnedThreshold
+
+_ROWS_AT_ONCE = 8192  # bounds the float64 copies
+
+
+@dataclass(frozen=True, eq=False)
+class AffineWeights:
+    """``scores = (x - decoder_bias) @ encoder_weight.T + encoder_bias``, ``output = codes @ decoder_weight + decoder_bias``.
+
+    What a library does besides (scales, norms, a bias that is not subtracted) is folded into these four.
+    """
+
+    encoder_weight: Float[Tensor, "features d_in"]
+    encoder_bias: Float[Tensor, "features"]
+    decoder_weight: Float[Tensor, "features d_in"]
+    decoder_bias: Float[Tensor, "d_in"]
+
+    @classmethod
+    def of(cls, sae: SparseAutoencoder) -> "AffineWeights":
+        """Of a dictionary, with its input scale folded so that the codes keep their values; on the CPU, in float32."""
+        scale = float(sae.input_scale)
+        return cls(
+            encoder_weight=_plain(sae.encoder_weight * scale),
+            encoder_bias=_plain(sae.encoder_bias),
+            decoder_weight=_plain(sae.decoder_weight / scale),
+            decoder_bias=_plain(sae.decoder_bias / scale),
+        )
+
+    def scores_of_decoder_bias(self) -> Float[Tensor, "features"]:
+        """By how much subtracting the decoder bias from the input lowers each score."""
+        bias = self.decoder_bias.double()
+        return torch.cat([rows.double() @ bias for rows in self.encoder_weight.split(_ROWS_AT_ONCE)])
+
+    def for_uncentred_input(self) -> "AffineWeights":
+        """For weights whose encoder was given ``x`` itself: raise the encoder bias by what subtracting takes away."""
+        raised = self.encoder_bias.double() + self.scores_of_decoder_bias()
+        return replace(self, encoder_bias=raised.to(self.encoder_bias.dtype))
+
+    def with_unit_decoder(self) -> "AffineWeights":
+        """Move the norms of the decoder's rows into the encoder: same output, codes multiplied by the norms."""
+        norm = self.decoder_norms()
+        return replace(
+            self,
+            encoder_weight=self.encoder_weight * norm.unsqueeze(1),
+            encoder_bias=self.encoder_bias * norm,
+            decoder_weight=self.decoder_weight / norm.unsqueeze(1),
+        )
+
+    def decoder_norms(self) -> Float[Tensor, "features"]:
+        """Norm of every decoder row; a little above 0 for rows of zeros."""
+        return self.decoder_weight.norm(dim=1).clamp(min=1e-8)
+
+    def into_dictionary(self, rule: Rule | LearnedThreshold, gated: bool = False) -> SparseAutoencoder:
+        """A dictionary of these weights in evaluation mode; what belongs to its rule is left to the caller."""
+        n_features, d_in = self.encoder_weight.shape
+        sae = SparseAutoencoder(d_in, n_features, rule, gated=gated)
+        with torch.no_grad():
+            sae.encoder_weight.copy_(self.encoder_weight)
+            sae.encoder_bias.copy_(self.encoder_bias)
+            sae.decoder_weight.copy_(self.decoder_weight)
+            sae.decoder_bias.copy_(self.decoder_bias)
+        return sae.eval()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file in float32, on the CPU.
+
+    Raises:
+        InputError: missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist: the dictionary is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}): it is damaged, fetch or copy it again") from error
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse tensors other than ``shapes`` says: what is not known could change what the dictionary computes.
+
+    Raises:
+        InputError: a tensor is missing, unknown, of another shape, or has NaN somewhere; names it.
+    """
+    missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+    if missing or unknown:
+        raise InputError(
+            f"{path} does not fit its cfg.json: it lacks {missing or 'nothing'} and has {unknown or 'nothing'} besides; "
+            f"expected {sorted(shapes)}"
+        )
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise InputError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, but cfg.json says {shape}")
+        if bool(tensors[name].isnan().any()):
+            raise InputError(f"{path}: {name} has NaN values: the dictionary diverged in training or is damaged")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
+    with write_atomically(path) as temporary:
+        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().float()

@@ -1,0 +1,20 @@
+"""Kernels. One folder an op: ``reference.py`` is its definition in plain torch, its siblings are the fast ways.
+
+Every op is a ``torch.library`` custom op (``torch.ops.apportion.<name>``) with a fake implementation for tracing and,
+where it is differentiable, a registered gradient. On devices without a kernel of their own the reference runs.
+"""
+
+from apportion.ops.csr import csr_matmul, csr_sampled_product, csr_transposed_matmul
+from apportion.ops.encode import encode_select
+from apportion.ops.select import select_above, select_columns, select_rows, select_total
+
+__all__ = [
+    "csr_matmul",
+    "csr_sampled_product",
+    "csr_transposed_matmul",
+    "encode_select",
+    "select_above",
+    "select_columns",
+    "select_rows",
+    "select_total",
+]

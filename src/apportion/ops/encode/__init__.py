@@ -1,0 +1,85 @@
+"""Encode and allocate in one op: ``x @ weight.T + bias``, but only the winners leave it.
+
+One op rather than a product followed by a selection, so that a kernel may fuse the two and never write the
+``rows x columns`` scores. The gradient goes through the winners' values only (none through the choice), by the sparse
+products of ``apportion.ops.csr``: no dense gradient of the scores exists at any time.
+"""
+
+import torch
+from torch import Tensor
+
+from apportion.ops.csr import csr_matmul, csr_transposed_matmul
+from apportion.ops.encode import composed
+
+__all__ = ["encode_select"]
+
+
+@torch.library.custom_op("apportion::encode_select", mutates_args=())
+def encode_select(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    how: str,
+    count: int,
+    limits: Tensor | None,
+    precision: str,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Winners of ``x @ weight.T + bias`` as ``(crow_indices, col_indices, values)``.
+
+    Args:
+        x: [rows, d] float32 or float64, finite.
+        weight: [columns, d], same dtype.
+        bias: [columns].
+        how: ``rows`` (``count`` best of each row), ``total`` (``count`` best of all), ``columns`` (``limits[i]`` best
+            of column ``i``, int64) or ``above`` (every score strictly above its column's float limit).
+        count: for ``rows`` and ``total``.
+        limits: for ``columns`` and ``above``.
+        precision: ``float32`` (the operands' own type) or ``bfloat16``: the product is taken in bfloat16 and decides
+            who wins (with ``exact``, only who is looked at again); the winners' values are then computed in full.
+        exact: for ``rows`` and ``above``: who wins and by how much depends on the row alone, bit for bit, whatever else
+            is in the batch.
+
+    Differentiable in ``x``, ``weight`` and ``bias`` through the values.
+    """
+    return composed.encode_select(x, weight, bias, how, count, limits, precision, exact)
+
+
+@encode_select.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    how: str,
+    count: int | torch.SymInt,
+    limits: Tensor | None,
+    precision: str,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries: int | torch.SymInt
+    if how == "rows":
+        entries = x.shape[0] * count
+    elif how == "total":
+        entries = count
+    else:
+        entries = torch.library.get_ctx().new_dynamic_size()
+    crow = x.new_empty(x.shape[0] + 1, dtype=torch.int64)
+    return crow, x.new_empty(entries, dtype=torch.int64), x.new_empty(entries)
+
+
+def _keep_winners(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, *_ = inputs
+    crow, col, _ = output
+    ctx.save_for_backward(x, weight, crow, col)
+
+
+def _backward(ctx, _crow, _col, grad):  # type: ignore[no-untyped-def]
+    x, weight, crow, col = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    to_x = csr_matmul(crow, col, grad, weight) if needs_x else None
+    to_weight = csr_transposed_matmul(crow, col, grad, x, weight.shape[0]) if needs_weight else None
+    to_bias = grad.new_zeros(weight.shape[0]).index_add_(0, col, grad) if needs_bias else None
+    return to_x, to_weight, to_bias, None, None, None, None, None
+
+
+encode_select.register_autograd(_backward, setup_context=_keep_winners)

@@ -1,0 +1,277 @@
+"""Selection on the CPU without sorting everything, compiled by numba.
+
+Rows and columns keep a small heap each; the best of all are found by a cut estimated from a sample, whose few
+survivors are ranked exactly. All are exact, with the reference's order of ties.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import no_type_check
+
+import numba
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from apportion.ops.select.reference import Places
+from apportion.ops.threads import matching_threads
+
+_COLUMN_TILE = 64  # columns scanned together: whole cache lines of every row, and few enough heaps to stay in cache
+_SAMPLE = 65_536  # scores looked at to estimate the cut; the estimate is off by about 1 % of the winners at 1 % density
+
+
+@numba.njit(cache=True, inline="always")
+@no_type_check
+def _worse(value, place, other_value, other_place):
+    """Whether the first entry loses to the second: lower score, or the same score further along."""
+    return value < other_value or (value == other_value and place > other_place)
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _sift_down(values, places, size):
+    """Restore the heap whose root (the worst winner) was replaced."""
+    parent = 0
+    value, place = values[0], places[0]
+    while True:
+        child = 2 * parent + 1
+        if child >= size:
+            break
+        if child + 1 < size and _worse(values[child + 1], places[child + 1], values[child], places[child]):
+            child += 1
+        if not _worse(values[child], places[child], value, place):
+            break
+        values[parent], places[parent] = values[child], places[child]
+        parent = child
+    values[parent], places[parent] = value, place
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _offer(values, places, size, capacity, value, place):
+    """Offer an entry to a heap of winners; entries come in tie order, so an equal newcomer always loses."""
+    if size < capacity:
+        child = size
+        while child > 0:
+            parent = (child - 1) // 2
+            if not _worse(value, place, values[parent], places[parent]):
+                break
+            values[child], places[child] = values[parent], places[parent]
+            child = parent
+        values[child], places[child] = value, place
+        return size + 1
+    if value > values[0]:
+        values[0], places[0] = value, place
+        _sift_down(values, places, size)
+    return size
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _rows(scores, count, winners):
+    for row in numba.prange(scores.shape[0]):
+        values = np.empty(count, scores.dtype)
+        places = np.empty(count, np.int64)
+        size = 0
+        for column in range(scores.shape[1]):
+            value = scores[row, column]
+            if size < count or value > values[0]:
+                size = _offer(values, places, size, count, value, column)
+        places.sort()
+        winners[row] = places
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _columns(scores, starts, places):
+    """Fill ``places[starts[i]:starts[i + 1]]`` with the winning rows of column ``i``, in order."""
+    rows, columns = scores.shape
+    for tile in numba.prange((columns + _COLUMN_TILE - 1) // _COLUMN_TILE):
+        first = tile * _COLUMN_TILE
+        last = min(first + _COLUMN_TILE, columns)
+        values = np.empty(starts[last] - starts[first], scores.dtype)
+        sizes = np.zeros(last - first, np.int64)
+        for row in range(rows):
+            for column in range(first, last):
+                start, stop = starts[column], starts[column + 1]
+                size = sizes[column - first]
+                if start == stop:
+                    continue
+                value = scores[row, column]
+                offset = start - starts[first]
+                if size < stop - start or value > values[offset]:
+                    sizes[column - first] = _offer(values[offset:], places[start:stop], size, stop - start, value, row)
+        for column in range(first, last):
+            places[starts[column] : starts[column + 1]].sort()
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _columns_to_rows(starts, places, crow):
+    """Turn winners listed by column into CSR order; columns are walked in order, so each row's come out sorted."""
+    for place in range(places.shape[0]):
+        crow[places[place] + 1] += 1
+    for row in range(crow.shape[0] - 1):
+        crow[row + 1] += crow[row]
+    cursor = crow[:-1].copy()
+    col = np.empty(places.shape[0], np.int64)
+    for column in range(starts.shape[0] - 1):
+        for place in range(starts[column], starts[column + 1]):
+            row = places[place]
+            col[cursor[row]] = column
+            cursor[row] += 1
+    return col
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _count_reaching(scores, cut, counts):
+    for row in numba.prange(scores.shape[0]):
+        found = 0
+        for column in range(scores.shape[1]):
+            found += scores[row, column] >= cut
+        counts[row] = found
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _gather_reaching(scores, cut, crow, col, values):
+    for row in numba.prange(scores.shape[0]):
+        place = crow[row]
+        for column in range(scores.shape[1]):
+            value = scores[row, column]
+            if value >= cut:
+                col[place] = column
+                values[place] = value
+                place += 1
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _keep_best(crow, col, values, last_winner, count):
+    """Drop what lies below the last winner's score, and of its equals those that come too late."""
+    above = 0
+    for entry in range(values.shape[0]):
+        above += values[entry] > last_winner
+    equals_left = count - above
+    kept_crow = np.zeros_like(crow)
+    kept_col = np.empty(count, np.int64)
+    kept = 0
+    for row in range(crow.shape[0] - 1):
+        for entry in range(crow[row], crow[row + 1]):
+            if values[entry] == last_winner:
+                if equals_left == 0:
+                    continue
+                equals_left -= 1
+            elif values[entry] < last_winner:
+                continue
+            kept_col[kept] = col[entry]
+            kept += 1
+        kept_crow[row + 1] = kept
+    return kept_crow, kept_col
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _count_above(scores, limits, counts):
+    for row in numba.prange(scores.shape[0]):
+        found = 0
+        for column in range(scores.shape[1]):
+            found += scores[row, column] > limits[column]
+        counts[row] = found
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _gather_above(scores, limits, crow, col):
+    for row in numba.prange(scores.shape[0]):
+        place = crow[row]
+        for column in range(scores.shape[1]):
+            if scores[row, column] > limits[column]:
+                col[place] = column
+                place += 1
+
+
+def select_rows(scores: Float[Tensor, "rows columns"], count: int) -> Places:
+    """The ``count`` best of each row: one pass with a heap of ``count``."""
+    rows = scores.shape[0]
+    winners = torch.empty(rows, count, dtype=torch.int64)
+    if winners.numel():
+        with matching_threads():
+            _rows(_comparable(scores), count, winners.numpy())
+    return torch.arange(rows + 1) * count, winners.view(-1)
+
+
+def select_columns(scores: Float[Tensor, "rows columns"], quotas: Int64[Tensor, "columns"]) -> Places:
+    """The ``quotas[i]`` best of each column ``i``: one pass with a heap a column, then a transposition."""
+    starts = torch.zeros(quotas.numel() + 1, dtype=torch.int64)
+    torch.cumsum(quotas, dim=0, out=starts[1:])
+    places = torch.empty(int(starts[-1]), dtype=torch.int64)
+    crow = torch.zeros(scores.shape[0] + 1, dtype=torch.int64)
+    with matching_threads():
+        if places.numel():
+            _columns(_comparable(scores), starts.numpy(), places.numpy())
+        col = _columns_to_rows(starts.numpy(), places.numpy(), crow.numpy())
+    return crow, torch.from_numpy(col)
+
+
+def select_total(scores: Float[Tensor, "rows columns"], count: int) -> Places:
+    """The ``count`` best of all: a cut from a sample, verified to leave enough, then an exact ranking of the rest."""
+    rows = scores.shape[0]
+    if count == 0:
+        return torch.zeros(rows + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    array = _comparable(scores)
+    counts = np.empty(rows, np.int64)
+    with matching_threads():
+        for cut in _cuts(array, count):
+            _count_reaching(array, cut, counts)
+            if counts.sum() >= count:
+                break
+        crow = np.zeros(rows + 1, np.int64)
+        np.cumsum(counts, out=crow[1:])
+        col = np.empty(crow[-1], np.int64)
+        values = np.empty(crow[-1], array.dtype)
+        _gather_reaching(array, cut, crow, col, values)
+        last_winner = np.partition(values, values.size - count)[values.size - count]
+        kept_crow, kept_col = _keep_best(crow, col, values, last_winner, count)
+    return torch.from_numpy(kept_crow), torch.from_numpy(kept_col)
+
+
+def select_above(scores: Float[Tensor, "rows columns"], limits: Float[Tensor, "columns"]) -> Places:
+    """Every entry strictly above its column's limit: count, then fill."""
+    array, limits_ = _comparable(scores), _comparable(limits)
+    counts = np.empty(scores.shape[0], np.int64)
+    crow = np.zeros(scores.shape[0] + 1, np.int64)
+    with matching_threads():
+        _count_above(array, limits_, counts)
+        np.cumsum(counts, out=crow[1:])
+        col = np.empty(crow[-1], np.int64)
+        _gather_above(array, limits_, crow, col)
+    return torch.from_numpy(crow), torch.from_numpy(col)
+
+
+def _cuts(array: np.ndarray, count: int) -> Iterator[np.floating]:
+    """Cuts to try, from tight to one that everything reaches."""
+    flat = array.reshape(-1)
+    sample = np.sort(flat[:: _sample_stride(*array.shape)])[::-1]
+    rank = count / flat.size * sample.size
+    for margin in (4.0, 16.0):  # in standard deviations of the sampled rank
+        place = int(rank + margin * np.sqrt(rank) + margin)
+        if place < sample.size:
+            yield sample[place]
+    yield flat.dtype.type(-np.inf)
+
+
+def _sample_stride(rows: int, columns: int) -> int:
+    """How far apart sampled scores lie; without a common divisor with the columns, so that all of them are visited."""
+    stride = max(1, rows * columns // _SAMPLE)
+    while math.gcd(stride, columns) > 1:
+        stride += 1
+    return stride
+
+
+def _comparable(scores: Tensor) -> np.ndarray:
+    """Contiguous floats of a type numba compares; widening keeps every order and every tie."""
+    wide = scores if scores.dtype in (torch.float32, torch.float64) else scores.float()
+    return wide.detach().contiguous().numpy()

@@ -1,0 +1,19 @@
+"""One thread budget for torch and numba, so that the two never fight over the cores."""
+
+import contextlib
+from collections.abc import Iterator
+
+import numba
+import torch
+
+
+@contextlib.contextmanager
+def matching_threads() -> Iterator[None]:
+    """Run numba kernels on as many threads as torch has been given (``torch.set_num_threads``)."""
+    before = numba.get_num_threads()
+    most = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(torch.get_num_threads(), most))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)

@@ -1,0 +1,121 @@
+"""`ReportData`: everything the HTML report shows, as plain arrays, numbers and strings.
+
+Build it with `apportion.report.build_report`, or by hand: only ``title`` and ``contexts`` are required, and every
+section whose data is missing is left out of the page.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from apportion.features.contexts import FeatureContexts
+from apportion.features.geometry import NearestFeatures
+from apportion.features.logit_lens import LogitLens
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number with its uncertainty and a line for readers who do not know it.
+
+    Attributes:
+        name: as in the literature, e.g. ``"FVU"``.
+        value: the mean.
+        stderr: standard error of the mean, None when it has none.
+        n: how many samples (documents, seeds) the standard error is over.
+        help: one line: what it is, and whether high or low is good.
+    """
+
+    name: str
+    value: float
+    stderr: float | None = None
+    n: int | None = None
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class ZipfFit:
+    """Density of the feature of rank r (1 = densest): ``coefficient * (r + offset) ** -alpha``."""
+
+    alpha: float
+    coefficient: float
+    offset: float = 0.0
+
+    def density(self, rank: Float[np.ndarray, " ranks"]) -> Float[np.ndarray, " ranks"]:
+        """The law's density at each rank."""
+        return self.coefficient * (rank + self.offset) ** -self.alpha
+
+
+@dataclass(frozen=True)
+class ErrorByDifficulty:
+    """How the error, and what is spent against it, go with the difficulty of a token.
+
+    Tokens are cut into equally many per group, easiest first.
+
+    Attributes:
+        difficulty: what difficulty means here, for the axis, e.g. ``"distance from the mean activation"``.
+        error: mean of the token's own squared error / squared distance from the mean, per group.
+        error_stderr: its standard error.
+        winners: mean number of active features, per group.
+        winners_stderr: its standard error.
+    """
+
+    difficulty: str
+    error: Float[np.ndarray, " groups"]
+    error_stderr: Float[np.ndarray, " groups"]
+    winners: Float[np.ndarray, " groups"]
+    winners_stderr: Float[np.ndarray, " groups"]
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The input of `write_report`.
+
+    Attributes:
+        title: heading of the report.
+        contexts: statistics and example contexts of every feature.
+        token_text: text of every token id that occurs in ``contexts`` or ``lens``; a missing one is shown as its id.
+        summary: facts of the run in the order to show them, e.g. ``{"model": "smollm2", "site": "layers.15.residual"}``.
+        metrics: judged quality.
+        history: training log, one mapping a step with the key ``"step"`` and numbers.
+        zipf: law fitted to the densities, drawn over them.
+        error_by_difficulty: see there.
+        lens: promoted and suppressed tokens of every feature; None where the site does not write to the residual stream.
+        nearest: neighbours by decoder cosine.
+        labels: what features are called, by feature number.
+        document_names: names of the documents, by document number.
+    """
+
+    title: str
+    contexts: FeatureContexts
+    token_text: Mapping[int, str] = field(default_factory=dict)
+    summary: Mapping[str, str | int | float] = field(default_factory=dict)
+    metrics: Sequence[Metric] = ()
+    history: Sequence[Mapping[str, float]] = ()
+    zipf: ZipfFit | None = None
+    error_by_difficulty: ErrorByDifficulty | None = None
+    lens: LogitLens | None = None
+    nearest: NearestFeatures | None = None
+    labels: Mapping[int, str] = field(default_factory=dict)
+    document_names: Mapping[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse parts that speak of different dictionaries.
+
+        Raises:
+            ValueError: names the part and both numbers of features.
+        """
+        parts: dict[str, Int[np.ndarray, "..."] | None] = {
+            "lens": None if self.lens is None else self.lens.promoted_ids,
+            "nearest": None if self.nearest is None else self.nearest.indices,
+        }
+        for name, array in parts.items():
+            if array is not None and len(array) != self.contexts.n_features:
+                raise ValueError(
+                    f"{name} is about {len(array)} features but contexts is about {self.contexts.n_features}: "
+                    "take both from the same dictionary"
+                )
+        beyond = [feature for feature in self.labels if not 0 <= feature < self.contexts.n_features]
+        if beyond:
+            raise ValueError(f"labels names feature {beyond[0]}, but there are {self.contexts.n_features} features")

@@ -1,0 +1,20 @@
+"""One study a published system: its claim, measured against its baseline at equal budget, with a computed verdict."""
+
+from apportion.studies.finding import Comparison, Finding, Row, overall
+from apportion.studies.registry import SYSTEMS, Entry, entry
+from apportion.studies.run import all_studies, last_finding, machine, run, write_results
+
+__all__ = [
+    "SYSTEMS",
+    "Comparison",
+    "Entry",
+    "Finding",
+    "Row",
+    "all_studies",
+    "entry",
+    "last_finding",
+    "machine",
+    "overall",
+    "run",
+    "write_results",
+]

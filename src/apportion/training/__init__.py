@@ -1,0 +1,17 @@
+"""One training loop for every room: it knows modules, losses and batches, and nothing about any one method."""
+
+from apportion.training.finite import NonFiniteLossError
+from apportion.training.loop import Hook, Metrics, Objective, TrainingResult, train
+from apportion.training.schedule import learning_rate_factor
+from apportion.training.settings import TrainingSettings
+
+__all__ = [
+    "Hook",
+    "Metrics",
+    "NonFiniteLossError",
+    "Objective",
+    "TrainingResult",
+    "TrainingSettings",
+    "learning_rate_factor",
+    "train",
+]

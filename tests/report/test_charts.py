@@ -1,0 +1,56 @@
+"""The summary plots draw the numbers they are given."""
+
+import re
+from xml.etree import ElementTree
+
+import numpy as np
+
+from apportion.report import ErrorByDifficulty, ZipfFit
+from apportion.report.charts import density_chart, difficulty_charts, training_charts, winners_chart
+
+
+def parsed(svg: str) -> ElementTree.Element:
+    return ElementTree.fromstring(svg)
+
+
+def test_a_density_that_is_the_law_lies_on_the_law():
+    law = ZipfFit(0.9, 0.2, 3.0)
+    chart = density_chart(law.density(np.arange(1.0, 1000.0)), law)
+    line = parsed(chart.svg).find("polyline[@class='law']").get("points").split()
+    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in parsed(chart.svg).iter("circle")]
+    assert len(dots) > 50 and set(line) <= set(dots)
+    assert "(rank + 3)^−0.90" in chart.note
+
+
+def test_dead_features_are_counted_not_drawn():
+    chart = density_chart(np.array([0.5, 0.0, 0.1, 0.0]), None)
+    assert len(list(parsed(chart.svg).iter("circle"))) == 2
+    assert "2 never fired" in chart.svg
+    assert density_chart(np.zeros(4), None).note == "no feature ever fired"
+
+
+def test_winners_bars_hold_every_token_but_the_last_two_per_mille():
+    counts = np.zeros(400, dtype=np.int64)
+    counts[20:45], counts[399] = 400, 3
+    chart = winners_chart(counts)
+    shares = [float(s) for s in re.findall(r"active: ([\d.]+)%", chart.svg)]
+    assert sum(shares) == np.float64(100).round() or abs(sum(shares) - 100) < 2
+    assert "3 tokens lie beyond the right edge, the furthest with 399" in chart.note
+    assert winners_chart(np.array([48])).note.startswith("Mean 0.0")
+
+
+def test_training_charts_skip_what_is_not_a_curve_and_thin_long_ones():
+    history = [{"step": s, "loss": 1.0 / (s + 1), "name": "x", "late": 1.0} for s in range(3000)]
+    history[5]["loss"] = float("nan")
+    charts = training_charts(history)
+    assert [chart.title for chart in charts] == ["loss", "late"]
+    assert len(parsed(charts[0].svg).find("polyline").get("points").split()) == 240
+    assert training_charts([{"step": 1, "loss": 2.0}]) == [] and training_charts([]) == []
+
+
+def test_text_in_charts_is_escaped():
+    charts = training_charts([{"step": s, "<b>&": float(s)} for s in range(3)])
+    found = ErrorByDifficulty("<i>", np.ones(3), np.ones(3), np.ones(3), np.ones(3))
+    for chart in [*charts, *difficulty_charts(found)]:
+        parsed(chart.svg)
+        assert "<b>" not in chart.svg and "<i>" not in chart.svg
