@@ -31,7 +31,8 @@ def python_blocks(page: Path) -> list[str]:
 # The tutorial on a model of this test's own: the same code, but seconds instead of minutes.
 SMALLER = {
     '"layers.15.residual"': '"layers.1.residual"',
-    "tokens=200_000": "tokens=40_000, progress=False",
+    "tokens=100_000": "tokens=40_000, progress=False",
+    "contexts=16": "contexts=2",
     "n_features=4608, steps=300, batch_size=2048": "n_features=128, steps=10, batch_size=256",
     'folder="runs/mutual"': 'folder="runs/mutual", progress=False',
 }

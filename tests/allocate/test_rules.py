@@ -28,7 +28,7 @@ from apportion.allocate import (
 )
 
 # The first call of a kernel may compile it, so there is no deadline.
-SETTINGS = hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
+SETTINGS = hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
 
 ROWS, COLUMNS = 3, 4
 
@@ -73,7 +73,7 @@ def check_values(allocation: Allocation, scores: Tensor) -> None:
     assert allocation.values.equal(scores[mask_of(allocation)])
 
 
-# The best under the constraint -----------------------------------------------------------------------------------------
+# The best under the constraint --------------------------------------------------------------------------------------
 
 
 @SETTINGS
@@ -141,9 +141,9 @@ def test_threshold_takes_everything_strictly_above(scores: Tensor, theta: list[f
 BLOCK_RULES: list[Rule] = [TokenChoice(2), MutualChoice(1.5), FeatureChoice(1.5), Threshold(0.5), NofM(1, 2)]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 1), (3, 2), (2, 3)], ids=str)
+@pytest.mark.parametrize("size", [(1, 3), (3, 2)], ids=str)
 @pytest.mark.parametrize("rule", BLOCK_RULES, ids=repr)
-@hypothesis.settings(SETTINGS, max_examples=8)
+@hypothesis.settings(SETTINGS, max_examples=12)
 @hypothesis.given(data=st.data())
 def test_whole_blocks_win_or_lose(rule: Rule, size: tuple[int, int], data: st.DataObject) -> None:
     high, wide = size
@@ -158,7 +158,7 @@ def test_whole_blocks_win_or_lose(rule: Rule, size: tuple[int, int], data: st.Da
     check_values(allocation, scores)
 
 
-# Ties ------------------------------------------------------------------------------------------------------------------
+# Ties ---------------------------------------------------------------------------------------------------------------
 
 
 def test_ties_go_to_the_lower_row_and_then_to_the_lower_column() -> None:
@@ -177,7 +177,7 @@ def test_minus_zero_is_no_less_than_zero() -> None:
     assert Threshold(-0.0)(scores).nnz == 0
 
 
-# Exact budgets ---------------------------------------------------------------------------------------------------------
+# Exact budgets ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17, 64])
@@ -218,7 +218,7 @@ def test_mean_budgets() -> None:
     assert TokenChoice(2).mean_budget(2) == 2
 
 
-# Reductions ------------------------------------------------------------------------------------------------------------
+# Reductions ---------------------------------------------------------------------------------------------------------
 
 
 def test_mutual_choice_of_one_row_is_token_choice() -> None:
@@ -243,7 +243,7 @@ def test_one_group_a_row_is_token_choice() -> None:
     assert mask_of(NofM(2, 6)(scores)).equal(mask_of(TokenChoice(2)(scores)))
 
 
-# Symmetry --------------------------------------------------------------------------------------------------------------
+# Symmetry -----------------------------------------------------------------------------------------------------------
 
 ALL_RULES: list[Rule] = [
     TokenChoice(3),
@@ -299,7 +299,7 @@ def test_a_threshold_for_float64_keeps_all_its_digits() -> None:
     assert Threshold(0.1)(scores).col_indices.tolist() == [1]
 
 
-# Rows that are not valid -----------------------------------------------------------------------------------------------
+# Rows that are not valid --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
@@ -325,7 +325,7 @@ def test_valid_rows_of_tall_blocks() -> None:
         rule(scores, torch.tensor([True, False, False, False, True, True]))
 
 
-# Empty batches ---------------------------------------------------------------------------------------------------------
+# Empty batches ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", [*ALL_RULES, Blocks((2, 2), TokenChoice(1))], ids=repr)
@@ -338,7 +338,7 @@ def test_an_empty_batch_gets_an_empty_allocation(rule: Rule) -> None:
         assert allocation.to_dense().shape == (0, 8)
 
 
-# Gradients -------------------------------------------------------------------------------------------------------------
+# Gradients ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
@@ -352,13 +352,13 @@ def test_gradients_reach_the_winners_and_nobody_else(rule: Rule) -> None:
 
 @pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
 def test_gradients_of_the_values_are_right(rule: Rule) -> None:
-    scores = distinct(2, 8).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: rule(s).to_dense(), (scores,))
-    valid = torch.tensor([False, True])
-    assert torch.autograd.gradcheck(lambda s: rule(s, valid).values.square(), (scores,))
+    # Off the grid of halves: no score lies on a threshold, where nothing could be differentiated.
+    scores = (distinct(3, 8).double() + 0.03)[:, :4].requires_grad_()
+    valid = torch.tensor([True, False, True])
+    assert torch.autograd.gradcheck(lambda s: rule(s, valid).to_dense(), (scores,))
 
 
-# From activations in one step ------------------------------------------------------------------------------------------
+# From activations in one step ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -385,7 +385,7 @@ def test_a_selection_encodes_in_bfloat16_but_answers_in_full() -> None:
     torch.testing.assert_close(codes.values, torch.addmm(bias, x, weight.T)[mask_of(codes)], rtol=1e-5, atol=1e-5)
 
 
-# Inference -------------------------------------------------------------------------------------------------------------
+# Inference ----------------------------------------------------------------------------------------------------------
 
 
 def test_inference_forms_do_not_look_at_other_rows() -> None:
@@ -412,7 +412,7 @@ def test_the_rules_are_listed_by_name() -> None:
     assert all(isinstance(rule, Rule) for rule in ALL_RULES)
 
 
-# Bad input -------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

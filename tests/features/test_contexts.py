@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from apportion.allocate import MutualChoice
 from apportion.errors import InputError
+from apportion.features import SparseAutoencoder
 from apportion.features.contexts import FeatureContexts, collect_contexts
 
 
@@ -47,7 +49,9 @@ def sparse_codes(n_contexts: int, length: int, n_features: int, seed: int = 0, r
     generator = torch.Generator().manual_seed(seed)
     size = (n_contexts, length, n_features)
     magnitude = torch.exp(torch.randn(size, generator=generator))
-    return torch.where(torch.rand(size, generator=generator) < rate, magnitude, -1.0)
+    drawn = torch.rand(size, generator=generator)
+    # Some allocated zeros: a rule that spends its whole budget hands them out, and they are not activity.
+    return torch.where(drawn < rate, magnitude, torch.where(drawn < 1.5 * rate, 0.0, -1.0))
 
 
 def collect(view: FakeView, **settings) -> FeatureContexts:
@@ -98,7 +102,8 @@ def test_every_window_shows_the_tokens_and_activations_that_were_there():
 
 
 def test_sampled_contexts_lie_in_their_interval_and_are_not_among_the_top():
-    codes = sparse_codes(200, 12, 6)
+    # Activations grow along the text, so that the maximum known when a context is filed is never the final one.
+    codes = sparse_codes(200, 12, 6) * torch.linspace(0.1, 1, 200)[:, None, None]
     found = collect(FakeView(codes), top=5, quantiles=4, per_quantile=3, batch_tokens=100)
     groups = found.slot_groups()[1:]
     assert [(low, high) for _, low, high in groups] == [(0.75, 1.0), (0.5, 0.75), (0.25, 0.5), (0.0, 0.25)]
@@ -112,6 +117,16 @@ def test_sampled_contexts_lie_in_their_interval_and_are_not_among_the_top():
                 assert low <= share <= high
                 assert found.position[feature, slot] // 12 not in top_contexts
     assert (found.peak[:, groups[-1][0]] >= 0).all(), "the lowest interval of a frequent feature is never empty"
+
+
+def test_contexts_are_filed_again_when_the_last_one_raises_the_maximum():
+    codes = torch.full((101, 12, 8), -1.0)
+    codes[:, 5] = torch.linspace(0.9, 1, 101)[:, None]
+    codes[100] *= 10
+    found = collect(FakeView(codes), top=5, batch_tokens=120)
+    high, low = found.slot_groups()[1][0], found.slot_groups()[-1][0]
+    assert (found.peak[:, high] == -1).all()
+    assert (found.peak[:, low] >= 0).all()
 
 
 def test_the_sample_is_the_same_on_every_run_and_the_top_for_every_batch_size():
@@ -134,17 +149,37 @@ def test_tokens_marked_invalid_neither_count_nor_fire():
     assert (found.token_ids[found.peak >= 0][:, 0] >= 0).all(), "an invalid token is still shown as text"
 
 
+def test_a_real_dictionary_is_shown_by_its_threshold_codes_and_left_in_training_mode():
+    torch.manual_seed(0)
+    view = FakeView(torch.randn(40, 12, 16))
+    sae = SparseAutoencoder(16, 48, rule=MutualChoice(budget=4))
+    x = view.codes.reshape(-1, 16)
+    sae.calibrate([x], rows=len(x))
+    sae.train()
+    found = collect_contexts(sae, view, progress=False, batch_tokens=100)
+    assert sae.training
+    with torch.no_grad():
+        codes = sae.eval().encode(x).to_dense().numpy()
+    assert (found.fires == (codes > 0).sum(0)).all()
+    np.testing.assert_allclose(found.max_activation, codes.max(0), rtol=1e-6)
+    assert found.winners_per_token @ np.arange(len(found.winners_per_token)) == found.fires.sum()
+
+
 def test_a_feature_that_never_fires_has_empty_slots():
     codes = sparse_codes(10, 12, 5)
     codes[:, :, 3] = -1
     found = collect(FakeView(codes))
-    assert found.fires[3] == 0 and found.max_activation[3] == 0 and found.mean_activation[3] == 0
-    assert (found.peak[3] == -1).all() and (found.token_ids[3] == -1).all()
+    assert found.fires[3] == 0
+    assert found.max_activation[3] == 0
+    assert found.mean_activation[3] == 0
+    assert (found.peak[3] == -1).all()
+    assert (found.token_ids[3] == -1).all()
 
 
 def test_a_dictionary_that_never_fires_is_reported_rather_than_refused():
     found = collect(FakeView(torch.full((4, 12, 5), -1.0)))
-    assert (found.peak == -1).all() and found.winners_per_token.tolist() == [48]
+    assert (found.peak == -1).all()
+    assert found.winners_per_token.tolist() == [48]
 
 
 def test_the_dictionary_is_left_in_the_mode_in_which_it_came():
@@ -166,7 +201,7 @@ def test_damaged_files_are_named(tmp_path):
     collect(FakeView(sparse_codes(10, 12, 5))).save(tmp_path)
     path = tmp_path / "contexts.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="contexts.safetensors"):
+    with pytest.raises(InputError, match=r"contexts\.safetensors"):
         FeatureContexts.load(tmp_path)
     (tmp_path / "contexts.json").write_text("{}")
     with pytest.raises(InputError, match=r"contexts\.json is not of version"):

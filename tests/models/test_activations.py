@@ -223,6 +223,13 @@ def test_a_batch_depends_only_on_the_seed_and_the_step(store, made):
     assert batches.steps_per_epoch == train.n_tokens / 100
 
 
+def test_every_epoch_has_an_order_of_its_own(store):
+    batches = store.batches(store.n_tokens)
+    orders = [batches.indices(epoch) for epoch in range(5)]
+    assert all(np.array_equal(np.sort(order), np.arange(store.n_tokens)) for order in orders)
+    assert len({order.tobytes() for order in orders}) == 5
+
+
 def test_batches_refuse_what_cannot_be(store):
     empty = StoreView(store, np.arange(0))
     for make_batches, named in [

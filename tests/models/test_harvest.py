@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from apportion.data import Document, corpus, files
+from apportion.data import Document, corpus
 from apportion.errors import InputError
 from apportion.models import ActivationStore, Site, load
 from apportion.models.harvest import harvest
@@ -177,7 +177,8 @@ from apportion.models.language import load
 words = np.random.default_rng(0).integers(0, 10**6, size=(600, 30))
 documents = [Document(str(i), " ".join(map(str, row[: 1 + i % 30]))) for i, row in enumerate(words)]
 lm, folder = load({model!r}), {folder!r}
-harvest(lm, "layers.1.residual", documents, folder, context=16, tokens=16_000, shard_tokens=320, batch_size=5, progress=False)
+settings = dict(context=16, tokens=16_000, shard_tokens=320, batch_size=5, progress=False)
+harvest(lm, "layers.1.residual", documents, folder, **settings)
 """
 
 
@@ -253,7 +254,7 @@ def test_memory_stays_within_what_the_manifest_states(lm, tmp_path, monkeypatch)
 
     def wide(lm, sites, input_ids):
         block = torch.linspace(0.5, 1.5, width).expand(*input_ids.shape, width)
-        return {site: block * (1 + input_ids[..., None] / 1000) for site in sites}
+        return dict.fromkeys(sites, block * (1 + input_ids[..., None] / 1000))
 
     monkeypatch.setattr(harvest_module, "capture", wide)
     monkeypatch.setattr(Site, "width", lambda self, model: width)

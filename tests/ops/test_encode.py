@@ -109,10 +109,11 @@ def test_values_and_gradients_are_computed_in_full_precision(how: str, exact: bo
         torch.testing.assert_close(actual.double(), definition, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    ("how", "exact"), [("rows", False), ("total", False), ("columns", False), ("rows", True), ("above", True)]
+)
 def test_derivatives_are_right(how: str, exact: bool) -> None:
-    numbers = gaussian(3, 5, 2, seed=4)
+    numbers = gaussian(2, 4, 2, seed=4)
     inputs = tuple(each.clone().requires_grad_() for each in (numbers.x, numbers.weight, numbers.bias))
     assert torch.autograd.gradcheck(
         lambda *three: encode_select(*three, how, *numbers.choice(how), "float32", exact)[2], inputs
@@ -209,7 +210,7 @@ def test_a_compiled_function_computes_the_same(how: str) -> None:
 
 
 # Who else is in the batch -------------------------------------------------------------------------------------------
-WIDTH, COLUMNS, ROWS, COUNT = 576, 2000, 64, 32
+WIDTH, COLUMNS, ROWS, COUNT = 576, 2000, 40, 32
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,9 @@ def close_call(request: pytest.FixtureRequest) -> CloseCall:
 def companies() -> Iterator[Tensor]:
     """Random batches of many sizes, in random order, some rows more than once."""
     generator = torch.Generator().manual_seed(1)
-    for size in (2, 3, 4, 7, 8, 16, 17, 31, 33, 48, 63):
+    for size in (2, 3, 7, 8, 17, 31, 39):
         yield torch.randperm(ROWS, generator=generator)[:size]
-    yield torch.randint(ROWS, (100,), generator=generator)
+    yield torch.randint(ROWS, (64,), generator=generator)
 
 
 def changed_by_company(case: CloseCall, precision: str, exact: bool) -> tuple[int, int]:

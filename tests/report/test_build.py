@@ -69,7 +69,8 @@ def test_without_an_unembedding_there_is_no_lens():
     data = build_report(
         FakeDictionary(), FakeView(), title="x", decode_tokens=lambda ids: list(map(str, ids)), progress=False
     )
-    assert data.lens is None and data.error_by_difficulty is not None
+    assert data.lens is None
+    assert data.error_by_difficulty is not None
 
 
 def test_a_decoder_that_loses_tokens_is_refused():
@@ -90,6 +91,12 @@ def test_error_by_difficulty_averages_to_the_unexplained_variance():
 
 def test_too_few_tokens_have_no_difficulty_groups():
     assert error_by_difficulty(FakeDictionary(), FakeView(n_contexts=1), groups=10) is None
+
+
+def test_a_transcoder_has_no_error_of_its_own_input():
+    sae = FakeDictionary()
+    sae.decoder_weight = torch.zeros(12, 9)
+    assert error_by_difficulty(sae, FakeView()) is None
 
 
 def test_byte_level_tokens_keep_spaces_and_spell_partial_characters(tiny_llama):

@@ -18,7 +18,8 @@ def test_a_density_that_is_the_law_lies_on_the_law():
     chart = density_chart(law.density(np.arange(1.0, 1000.0)), law)
     line = parsed(chart.svg).find("polyline[@class='law']").get("points").split()
     dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in parsed(chart.svg).iter("circle")]
-    assert len(dots) > 50 and set(line) <= set(dots)
+    assert len(dots) > 50
+    assert set(line) <= set(dots)
     assert "(rank + 3)^−0.90" in chart.note
 
 
@@ -45,7 +46,26 @@ def test_training_charts_skip_what_is_not_a_curve_and_thin_long_ones():
     charts = training_charts(history)
     assert [chart.title for chart in charts] == ["loss", "late"]
     assert len(parsed(charts[0].svg).find("polyline").get("points").split()) == 240
-    assert training_charts([{"step": 1, "loss": 2.0}]) == [] and training_charts([]) == []
+    assert training_charts([{"step": 1, "loss": 2.0}]) == []
+    assert training_charts([]) == []
+
+
+def test_neighbouring_ticks_never_read_the_same():
+    for values in (
+        [32.0, 32.0, 32.01],
+        [31.98, 32.02, 32.0],
+        [5.0, 5.0, 5.0],
+        [0.0, 1e-7, 2e-7],
+        [0.0, 1e-15, 3e-15],
+        [1.0, 4000.0, 2.0],
+    ):
+        (chart,) = training_charts([{"step": 10 * step, "x": value} for step, value in enumerate(values)])
+        labels = [
+            "".join(text.itertext()) for text in parsed(chart.svg).iter("text") if text.get("text-anchor") == "end"
+        ]
+        labels.remove("step")
+        assert len(labels) >= 2
+        assert len(set(labels)) == len(labels), labels
 
 
 def test_text_in_charts_is_escaped():
@@ -53,4 +73,5 @@ def test_text_in_charts_is_escaped():
     found = ErrorByDifficulty("<i>", np.ones(3), np.ones(3), np.ones(3), np.ones(3))
     for chart in [*charts, *difficulty_charts(found)]:
         parsed(chart.svg)
-        assert "<b>" not in chart.svg and "<i>" not in chart.svg
+        assert "<b>" not in chart.svg
+        assert "<i>" not in chart.svg

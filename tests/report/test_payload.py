@@ -1,12 +1,16 @@
 """What goes into the page's blocks comes out of them unchanged."""
 
+import base64
+import json
+import zlib
+
 import numpy as np
 import pytest
 
 from apportion.features.geometry import NearestFeatures
 from apportion.report import ReportData
 from apportion.report.payload import CHUNK_FEATURES, blocks, decode_block, encode_block, readable
-from tests.report.conftest import made_up_contexts, made_up_report
+from made_up_report import made_up_contexts, made_up_report
 
 
 def test_a_block_round_trips_arrays_and_text():
@@ -21,6 +25,13 @@ def test_a_block_round_trips_arrays_and_text():
     assert plain == ["</script>", {"a": None}]
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
+
+
+def test_every_array_begins_where_a_typed_array_may():
+    raw = zlib.decompress(base64.b64decode(encode_block({str(n): np.zeros(n, np.uint8) for n in range(9)})))
+    size = int.from_bytes(raw[:4], "little")
+    offsets = [4 + size + offset for _, offset, _ in json.loads(raw[4 : 4 + size])["arrays"].values()]
+    assert all(offset % 8 == 0 for offset in offsets)
 
 
 def test_a_block_holds_nothing_that_html_could_read():

@@ -67,7 +67,7 @@ def test_run_killed_twenty_times_ends_equal_to_an_undisturbed_one(tmp_path, log_
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     script = Path(__file__).with_name("killed_runs.py")
     command = [sys.executable, str(script), str(tmp_path), "20"]
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert answer.returncode == 0, answer.stderr
     assert json.loads(answer.stdout)["landed"] >= 5
 

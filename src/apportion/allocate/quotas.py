@@ -91,8 +91,10 @@ def whole_quotas(exact: Float64[Tensor, "columns"], total: int, cap: int) -> Int
         room = quotas < cap if step > 0 else quotas > 0
         remainder = (exact - quotas) * step
         remainder[~room] = -torch.inf
-        chosen = remainder.sort(descending=True, stable=True).indices[: min(abs(missing), int(room.sum()))]
-        quotas[chosen] += step
+        # Ties favour the lower column: it is the first to get one more and the last to give one up.
+        order = remainder if step > 0 else remainder.flip(0)
+        chosen = order.sort(descending=True, stable=True).indices[: min(abs(missing), int(room.sum()))]
+        quotas[chosen if step > 0 else quotas.numel() - 1 - chosen] += step
         missing -= step * chosen.numel()
     return quotas
 
@@ -103,9 +105,11 @@ class QuotaLedger(nn.Module):
     Quotas are often below one row a batch (a million features, 32 winners, 4096 rows: 0.13 each), so rounding within a
     batch would starve the same columns for ever. The ledger keeps what each column was promised and what it was given.
     In every batch a column is due the whole part of its promise; what is left of the batch's total goes to the columns
-    whose next due date comes first. Promised and given then never differ by one row or more, and every batch spends its
-    total exactly (earliest deadline first, Steiner and Yeomans, *Management Science* 39(6), 1993: the same problem as
-    just-in-time sequencing and as Tijdeman's chairman assignment).
+    whose next due date comes first. Every batch spends its total exactly, and as long as the shares keep their
+    proportions, promised and given never differ by one row or more, whatever the sizes of the batches (earliest
+    deadline first, Steiner and Yeomans, *Management Science* 39(6), 1993: the same problem as just-in-time sequencing
+    and as Tijdeman's chairman assignment). When shares change, more may fall due at once than a batch can give; then
+    the columns furthest behind come first.
 
     The state is in buffers, so that it is saved with the module that holds it.
     """

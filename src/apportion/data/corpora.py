@@ -95,8 +95,8 @@ def corpus(source: str | Path) -> Corpus:
 
     Returns:
         The corpus. Texts of more than 20,000 characters are cut, at blank lines if possible, into several documents.
-        The first two mix their sources (files come in the order of a hash), so that every stretch is like the whole; people's
-        own files come sorted by name.
+        The first two mix their sources (files come in the order of a hash), so that every stretch is like the whole;
+        people's own files come sorted by name.
 
     Raises:
         InputError: nothing is there, a package is missing; while iterating: a file is unreadable or not UTF-8 text.
@@ -230,7 +230,7 @@ def _read_files(corpus_name: str, root: Path, paths: list[Path], *, skip_binary:
             ) from error
         except OSError as error:
             raise InputError(
-                f"corpus {corpus_name!r}: {path} cannot be read ({error.strerror}): check that it exists and may be read"
+                f"corpus {corpus_name!r}: {path} cannot be read ({error.strerror}): check its path and permissions"
             ) from error
 
 

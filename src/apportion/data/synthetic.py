@@ -106,7 +106,7 @@ class SyntheticDictionary:
 
     @cached_property
     def _intensities(self) -> np.ndarray:
-        """What the token's factor multiplies; the scale is such that the mean L0 is exact although probabilities stop at 1."""
+        """What the tokens' factors multiply, so scaled that the mean L0 is exact although probabilities stop at 1."""
         shape = np.arange(1, self.n_true + 1, dtype=np.float64) ** -self.exponent
         low, high = 0.0, 1.0
         while _capped_mean(high * shape, self._sigma).sum() < self.mean_l0:
@@ -126,8 +126,7 @@ class SyntheticDictionary:
         return torch.rand(n, self.n_true, generator=generator, dtype=torch.float64) < probabilities
 
     def _draw_exactly(self, n: int, generator: torch.Generator) -> Tensor:
-        """Systematic sampling: lay the probabilities end to end in random order and pick what lies at u, u + 1, u + 2,
-        ...
+        """Systematic sampling: lay the probabilities end to end in random order, pick what lies at u, u + 1, and so on.
 
         It keeps every feature's frequency exactly, which drawing without replacement by weight would not.
         """

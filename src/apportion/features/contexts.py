@@ -41,7 +41,9 @@ _FORMAT_VERSION = 1
 class SparseEncoder(Protocol):
     """What this pass needs of a dictionary; `apportion.features.SparseAutoencoder` is one."""
 
-    n_features: int
+    @property
+    def n_features(self) -> int:
+        """Number of features."""
 
     def encode(self, x: torch.Tensor) -> Any:
         """Codes of ``x [tokens, d_in]`` as an `apportion.allocate.Allocation` of shape ``[tokens, n_features]``."""
@@ -51,7 +53,9 @@ class SparseEncoder(Protocol):
 class ContextView(Protocol):
     """What this pass needs of an activation store; `apportion.models.ActivationStore` and its splits are such views."""
 
-    n_contexts: int
+    @property
+    def n_contexts(self) -> int:
+        """Number of contexts."""
 
     def contexts(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Token ids ``[c, T]``, activations ``[c, T, d_in]``, valid ``[c, T]`` and document numbers ``[c]``."""
@@ -152,7 +156,7 @@ class FeatureContexts:
             raise InputError(f"{folder}/contexts.json is not of version {_FORMAT_VERSION}: collect the contexts again")
         path = Path(folder) / "contexts.safetensors"
         try:
-            arrays = load_file(path)
+            arrays: dict[str, Any] = load_file(path)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path} cannot be read ({error}): collect the contexts again") from error
         try:
@@ -437,7 +441,7 @@ class _Reservoir:
 
 
 def _first_in_groups(group: np.ndarray, order: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the ``limit`` entries of each group that come first by ``order`` (earlier entry first when equal), with their ranks."""
+    """Indices and ranks of the ``limit`` entries of each group that come first by ``order``, the earlier of equals."""
     by_group = np.lexsort((order, group))
     if not len(by_group):
         return by_group, by_group
@@ -449,7 +453,7 @@ def _first_in_groups(group: np.ndarray, order: np.ndarray, limit: int) -> tuple[
 
 
 def _hash_unit(feature: np.ndarray, context: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) from (feature, context) alone (splitmix64), so that samples do not depend on the order of work."""
+    """A number in [0, 1) from (feature, context) alone (splitmix64): samples do not depend on the order of work."""
     mixed = feature.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + context.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -1,4 +1,4 @@
-"""The sparse autoencoder: one class, whose rule makes it a TopK, BatchTopK, Feature Choice, ReLU, JumpReLU or Gated one.
+"""The sparse autoencoder: one class; its rule makes it a TopK, BatchTopK, Feature Choice, ReLU, JumpReLU or Gated one.
 
 Symbols of *Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse Autoencoders* (Ayonrinde 2024,
 arXiv 2411.02124) and the names here:
@@ -60,9 +60,9 @@ class Reconstruction:
 class SparseAutoencoder(nn.Module):
     """A dictionary of ``n_features`` directions, of which each input uses few.
 
-    ``rule`` decides which: ``TokenChoice(k)`` is a TopK dictionary, ``MutualChoice(budget)`` a Mutual Choice (BatchTopK)
-    one, ``FeatureChoice(budget, profile)`` a Feature Choice one, ``Threshold(0.0)`` a ReLU one (train it with an L1
-    penalty), ``LearnedThreshold()`` a JumpReLU one; ``gated=True`` with ``Threshold(0.0)`` is a Gated one.
+    ``rule`` decides which: ``TokenChoice(k)`` is a TopK dictionary, ``MutualChoice(budget)`` a Mutual Choice
+    (BatchTopK) one, ``FeatureChoice(budget, profile)`` a Feature Choice one, ``Threshold(0.0)`` a ReLU one (train it with an
+    L1 penalty), ``LearnedThreshold()`` a JumpReLU one; ``gated=True`` with ``Threshold(0.0)`` is a Gated one.
 
     In training mode the rule looks at the batch. In evaluation mode a token's code depends on the token alone, bit for
     bit on the CPU: batch rules use thresholds, which ``calibrate`` sets exactly (until then a running estimate serves).
@@ -141,15 +141,13 @@ class SparseAutoencoder(nn.Module):
         codes = self.encode(x, mode)
         return Reconstruction(self.decode(codes), codes)
 
-    def encode(
-        self, x: Float[Tensor, "tokens d_in"], mode: Mode | None = None, rule: Rule | None = None
-    ) -> Allocation:
+    def encode(self, x: Float[Tensor, "tokens d_in"], mode: Mode | None = None, rule: Rule | None = None) -> Allocation:
         """The sparse code of every token; only positive values.
 
         Args:
             x: activations as the model gives them.
-            mode: ``batch`` (the rule looks at the whole batch) or ``threshold`` (each token alone). Default: ``batch`` in
-                training mode, ``threshold`` in evaluation mode.
+            mode: ``batch`` (the rule looks at the whole batch) or ``threshold`` (each token alone). Default: ``batch``
+                in training mode, ``threshold`` in evaluation mode.
             rule: allocate by this rule instead, in batch mode (training phases anneal the budget this way).
 
         Raises:
@@ -169,7 +167,9 @@ class SparseAutoencoder(nn.Module):
         scaled = x * self.input_scale
         if not bool(scaled.detach().sum().isfinite()) and not bool(x.isfinite().all()):
             wrong = int((~x.isfinite()).any(dim=1).nonzero()[0])
-            raise ValueError(f"x[{wrong}] has NaN or infinite activations: drop such tokens, or use a wider model dtype")
+            raise ValueError(
+                f"x[{wrong}] has NaN or infinite activations: drop such tokens, or use a wider model dtype"
+            )
         return scaled - self.decoder_bias if self.d_in == self.d_out else scaled
 
     def encode_centred(
@@ -242,7 +242,7 @@ class SparseAutoencoder(nn.Module):
         product = gates.values - self.encoder_bias[column]
         return gates.with_values(product * self.log_magnitude[column].exp() + self.magnitude_bias[column]).active()
 
-    # --- preparation, constraints, calibration ----------------------------------------------------------------------
+    # --- preparation, constraints, calibration -------------------------------------------------------------------
 
     @torch.no_grad()
     def initialise_from(self, sample: Float[Tensor, "tokens d_in"], iterations: int = 20) -> None:
@@ -267,7 +267,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def project_decoder_gradient(self) -> None:
-        """Remove the part of the decoder's gradient along each row, which the normalisation would undo; before a step."""
+        """Remove the part of the decoder's gradient along each row, which normalising would undo; before a step."""
         grad = self.decoder_weight.grad
         if grad is not None:
             along = (grad * self.decoder_weight).sum(dim=1, keepdim=True)
@@ -282,7 +282,7 @@ class SparseAutoencoder(nn.Module):
         self.decoder_weight.div_(self.decoder_weight.norm(dim=1, keepdim=True).clamp(min=1e-12))
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[Float[Tensor, "tokens d_in"]], rows: int) -> None:
+    def calibrate(self, batches: Iterable[Float[Tensor, "_ d_in"]], rows: int) -> None:
         """Set the inference thresholds so that held-out activations get the budget exactly.
 
         Args:
@@ -352,8 +352,8 @@ class SparseAutoencoder(nn.Module):
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise InputError(
-                f"{folder / 'config.json'} is not a dictionary of apportion (format {FORMAT!r}): for those of SAELens or "
-                "sparsify use apportion.features.formats"
+                f"{folder / 'config.json'} is not a dictionary of apportion (format {FORMAT!r}): for those of SAELens "
+                "or sparsify use apportion.features.formats"
             )
         try:
             module = cls(

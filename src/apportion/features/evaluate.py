@@ -1,8 +1,9 @@
 """How good is a dictionary? Measured in inference mode on held-out documents, each figure with its standard error.
 
 Names and definitions are those of SAELens 6 and SAEBench's core evaluation where they have one (``mse``, ``cossim``,
-``l2_ratio``, ``relative_reconstruction_bias``, ``explained_variance``, ``l0``, ``l1``, ``ce_loss_score``). ``fvu`` is ``1 - explained_variance``: squared error over squared distance from the mean of all
-evaluated tokens, summed over dimensions.
+``l2_ratio``, ``relative_reconstruction_bias``, ``explained_variance``, ``l0``, ``l1``, ``ce_loss_score``). ``fvu`` is
+``1 - explained_variance``: squared error over squared distance from the mean of all evaluated tokens, summed over
+dimensions.
 
 Standard errors treat documents as the independent units (tokens of one document are alike): a figure is a ratio of two
 sums over documents, and its error is that of the linearised ratio, ``sqrt(n / (n - 1) * sum((A_i - r B_i)^2)) / sum B``
@@ -12,7 +13,7 @@ sums over documents, and its error is that of the linearised ratio, ``sqrt(n / (
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ _CONTEXTS_AT_ONCE = 16
 _DIFFICULTY_GROUPS = 10
 
 
+@runtime_checkable
 class Contexts(Protocol):
     """Held-out text with activations: an ``ActivationStore`` or a part of one."""
 
@@ -195,7 +197,9 @@ def _evaluate(
     zipf = _zipf(density)
     documents_seen = metrics["fvu"].n
     dead = float((fired == 0).double().mean())
-    metrics["dead"] = Metric("dead", dead, None, documents_seen, f"share of features that never fire on these {tokens} tokens")
+    metrics["dead"] = Metric(
+        "dead", dead, None, documents_seen, f"share of features that never fire on these {tokens} tokens"
+    )
     if zipf is not None:
         under = density < underused_cut * zipf.expected(ranks_by(density)).float()
         metrics["underused"] = Metric(
@@ -259,8 +263,8 @@ def _mean(view: Contexts, max_contexts: int | None) -> tuple[Float[Tensor, "d"],
 class SplicedLoss:
     """Next-token loss with a site's activations replaced; the runs that no dictionary changes are done once.
 
-    Tokens that the store left out (position 0 and attention sinks) keep their own activations, as the dictionary was not
-    trained on them. ``ce_loss_score`` compares with zero ablation, as SAELens does; ``ce_loss_score_mean``
+    Tokens that the store left out (position 0 and attention sinks) keep their own activations, as the dictionary was
+    not trained on them. ``ce_loss_score`` compares with zero ablation, as SAELens does; ``ce_loss_score_mean``
     compares with mean ablation, the harder standard.
 
     Args:

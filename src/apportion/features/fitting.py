@@ -205,6 +205,7 @@ def fit_dictionary(
     provenance: dict[str, Any] | None = None,
     device: str | torch.device = "cpu",
     progress: bool = True,
+    stop_after: int | None = None,
     **settings: Any,
 ) -> tuple[SparseAutoencoder, TrainingResult]:
     """Train a dictionary by a recipe: initialise, train, calibrate, fold the input scale.
@@ -219,6 +220,7 @@ def fit_dictionary(
         provenance: what else decides the weights (the data); a run that was trained on something else is not resumed.
         device: where to train.
         progress: show it on stderr.
+        stop_after: pause, with a checkpoint, after this many steps of the run.
         settings: overrides of ``TrainingSettings``.
 
     Returns:
@@ -239,6 +241,7 @@ def fit_dictionary(
         hooks=[UnitDecoder()],
         provenance=_flat({"recipe": recipe.to_json(), "d_in": d_in, **(provenance or {})}),
         progress=progress,
+        stop_after=stop_after,
     )
     if result.steps_done < recipe.steps:
         return sae, result

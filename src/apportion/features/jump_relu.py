@@ -26,7 +26,9 @@ class LearnedThreshold:
 
     def __post_init__(self) -> None:
         if not (self.initial > 0 and self.bandwidth > 0):
-            raise ValueError(f"LearnedThreshold: initial={self.initial}, bandwidth={self.bandwidth}: both must be above 0")
+            raise ValueError(
+                f"LearnedThreshold: initial={self.initial}, bandwidth={self.bandwidth}: both must be above 0"
+            )
 
     def mean_budget(self, columns: int) -> None:
         """Set by the penalty, not by the rule."""

@@ -9,9 +9,7 @@ from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.jump_relu import LearnedThreshold, step
 
 
-def reconstruction_loss(
-    target: Float[Tensor, "tokens d"], output: Float[Tensor, "tokens d"]
-) -> Float[Tensor, ""]:
+def reconstruction_loss(target: Float[Tensor, "tokens d"], output: Float[Tensor, "tokens d"]) -> Float[Tensor, ""]:
     """Share of variance left unexplained in this batch (FVU): squared error over squared distance from the batch mean.
 
     The denominator is a constant of the batch, so gradients are those of the mean squared error, but the number means
@@ -46,12 +44,14 @@ def l0_loss(sae: SparseAutoencoder, x_centred: Float[Tensor, "tokens d"]) -> Flo
 def gated_loss(
     sae: SparseAutoencoder, x_centred: Float[Tensor, "tokens d"], target: Float[Tensor, "tokens d"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """The two extra terms of a Gated dictionary (equation 8 of arXiv 2404.16014): sparsity and auxiliary reconstruction.
+    """The two extra terms of a Gated dictionary (equation 8 of arXiv 2404.16014): sparsity and reconstruction.
 
     Both act on the rectified gate scores; the auxiliary term decodes them with the decoder held constant, so that the
     gates learn to reconstruct without pulling the dictionary.
     """
-    gates = Selection("above", limits=torch.zeros(sae.n_features)).encode(x_centred, sae.encoder_weight, sae.encoder_bias)
+    gates = Selection("above", limits=torch.zeros(sae.n_features)).encode(
+        x_centred, sae.encoder_weight, sae.encoder_bias
+    )
     frozen = gates.matmul(sae.decoder_weight.detach()) + sae.decoder_bias.detach()
     return l1_loss(gates, sae.decoder_weight.detach()), reconstruction_loss(target, frozen)
 
@@ -66,9 +66,9 @@ def aux_k_loss(
     """Let features that fire too little explain what the others leave (Gao et al. 2024, arXiv 2406.04093, section A.2).
 
     Per token the ``k_aux`` best of the features in ``revive`` are decoded, without bias, towards the detached residual;
-    the error is relative to the residual's own variance. The gradient reaches their encoder and decoder rows and nothing
-    else. Peers differ in five details of this loss (residual detached, bias, normaliser, scale by the number of dead
-    features, ReLU): here yes, none, residual variance, none, yes.
+    the error is relative to the residual's own variance. The gradient reaches their encoder and decoder rows and
+    nothing else. Peers differ in five details of this loss (residual detached, bias, normaliser, scale by the number of
+    dead features, ReLU): here yes, none, residual variance, none, yes.
 
     Args:
         sae: the dictionary.

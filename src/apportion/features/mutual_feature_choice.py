@@ -1,4 +1,4 @@
-"""Adaptive Sparse Allocation with Mutual Choice & Feature Choice Sparse Autoencoders (Ayonrinde 2024, arXiv 2411.02124).
+"""Adaptive Sparse Allocation with Mutual Choice & Feature Choice SAEs (Ayonrinde 2024, arXiv 2411.02124).
 
 Allocated: ``M = budget * N`` matches between N tokens and F features. Mutual Choice gives them to the best pairs of the
 whole batch; Feature Choice gives every feature its own number of tokens, more to frequent features (Zipf's law); a loss
@@ -12,10 +12,10 @@ helps features that get less than their rank predicts.
 | aux_zipf_loss | ``aux_zipf_loss`` over ``underused_features`` |
 | training phases | ``Phases`` |
 
-The paper released no code. Chosen here, since its text does not settle it: the Zipf-Mandelbrot form with an offset out of
-{0, 1, 3, 10, 30}, fitted on the ranks between the first 10 % and the last 30 %; a feature is underused below half of what
-the fit expects; the weight of the loss is 1/32 as for aux_k; the phases' lengths; inference by calibrated thresholds.
-Rare features are served by a ledger of whole quotas that spends every batch's total exactly.
+The paper released no code. Chosen here, since its text does not settle it: the Zipf-Mandelbrot form with an offset out
+of {0, 1, 3, 10, 30}, fitted on the ranks between the first 10 % and the last 30 %; a feature is underused below half of
+what the fit expects; the weight of the loss is 1/32 as for aux_k; the phases' lengths; inference by calibrated
+thresholds. Rare features are served by a ledger of whole quotas that spends every batch's total exactly.
 """
 
 from dataclasses import dataclass
@@ -104,9 +104,7 @@ def ranks_by(quantity: Float[Tensor, "features"]) -> Float64[Tensor, "features"]
     return ranks
 
 
-def underused_features(
-    density: Float[Tensor, "features"], fit: ZipfFit, cut: float = 0.5
-) -> Bool[Tensor, "features"]:
+def underused_features(density: Float[Tensor, "features"], fit: ZipfFit, cut: float = 0.5) -> Bool[Tensor, "features"]:
     """Features that fire less than ``cut`` times what Zipf's law expects of their rank; dead ones always do.
 
     As ``cut`` goes to zero only the dead are left, and aux_zipf becomes aux_k.
@@ -181,8 +179,8 @@ class Phases:
 def set_shares_by_demand(sae: SparseAutoencoder, profile: Zipf, hysteresis: float = 0.5) -> None:
     """Give the features of a Feature Choice dictionary the shares of ``profile``, ranked by measured demand.
 
-    Demand is what a feature would get under Mutual Choice. The densities that Feature Choice itself produces must not be
-    used: they equal the quotas, so the ranks would never change again.
+    Demand is what a feature would get under Mutual Choice. The densities that Feature Choice itself produces must not
+    be used: they equal the quotas, so the ranks would never change again.
 
     Args:
         sae: its ``share`` is set.

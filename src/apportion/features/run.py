@@ -1,4 +1,4 @@
-"""A run, from text to a judged dictionary: harvest (or find) a store, fit, calibrate, evaluate, keep it all in a folder.
+"""A run, from text to a judged dictionary: harvest (or find) a store, fit, calibrate, evaluate, and keep all of it.
 
 The commands and the studies both go through here, so that what is typed and what is claimed is the same thing. A run's
 folder holds ``run.json`` (what decides it), the training loop's files, ``dictionary/`` and ``evaluation.json``; every
@@ -33,6 +33,7 @@ from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.mutual_feature_choice import Phases
 from apportion.models import LanguageModel, Site, cache_dir, harvest, load
 from apportion.models.activations import ActivationStore, StoreView, read_manifest
+from apportion.models.packaged import PACKAGES
 from apportion.training.state import differences
 
 FORMAT = "apportion.run/1"
@@ -207,6 +208,12 @@ def make_recipe(
         raise InputError(
             f"budget={budget:g}: must be above 0 and at most the number of features, which is {n_features}"
         )
+    for name, value, choices in (
+        ("auxiliary", auxiliary, (None, "zipf", "dead", "none")),
+        ("precision", precision, ("float32", "bfloat16")),
+    ):
+        if value not in choices:
+            raise InputError(f"{name}={value!r}: one of {', '.join(each for each in choices if each)}")
     if steps is None:
         if not 0 < epochs < math.inf:
             raise InputError(f"epochs={epochs}: must be above 0")
@@ -323,7 +330,9 @@ def prepare_store(
     return _split(source, store)
 
 
-def reopen_store(run: TrainedRun, folder: Path | str | None = None, *, device: str = "cpu", progress: bool = True) -> PreparedStore:
+def reopen_store(
+    run: TrainedRun, folder: Path | str | None = None, *, device: str = "cpu", progress: bool = True
+) -> PreparedStore:
     """The store that a run was trained on, harvested again if it is gone, or another one of the same model and site.
 
     Args:
@@ -358,7 +367,14 @@ def reopen_store(run: TrainedRun, folder: Path | str | None = None, *, device: s
 def _split(source: ActivationSource, store: ActivationStore) -> PreparedStore:
     store.site = Site.parse(source.site)
     train, held_out = store.split(source.held_out)
-    calibration, test = held_out.split(0.5)
+    try:
+        calibration, test = held_out.split(0.5)
+    except InputError as error:
+        raise InputError(
+            f"held_out={source.held_out}: of {source.text} that leaves {held_out.n_contexts} contexts in "
+            f"{len(held_out.documents())} documents, too few for thresholds and for measuring: hold out more, or give "
+            "more text, in more documents"
+        ) from error
     return PreparedStore(source, store, train, calibration, test)
 
 
@@ -391,20 +407,29 @@ def _version(package: str) -> str:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
+def check_writable(folder: Path | str) -> None:
+    """Make sure that files can be written in a folder, which is made if need be.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise explain_write_error(error, Path(folder)) from error
+
+
 def check_run_folder(folder: Path | str) -> None:
     """Make sure that a run can be kept in a folder, before anything expensive begins.
 
     Raises:
         InputError: it cannot be written, or holds something else.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise explain_write_error(error, folder) from error
+    check_writable(folder)
+    # A process killed in the middle of a write leaves a hidden file behind.
+    found = sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
     if found and "run.json" not in found:
         raise InputError(f"{folder} is not empty ({', '.join(found[:3])}) and holds no run: choose a new folder")
 
@@ -452,7 +477,10 @@ def train_run(
         sae = SparseAutoencoder.load(dictionary, device)
     else:
         settings = {"checkpoint_every": max(1, min(500, recipe.steps // _CHECKPOINTS)), **settings}
-        _say(progress, f"training: {recipe.steps:,} steps of {recipe.batch_size:,} tokens, {recipe.n_features:,} features")
+        _say(
+            progress,
+            f"training: {recipe.steps:,} steps of {recipe.batch_size:,} tokens, {recipe.n_features:,} features",
+        )
         sae, result = fit_dictionary(
             recipe,
             prepared.train.batches(recipe.batch_size, recipe.seed),
@@ -555,10 +583,10 @@ def _run_json(folder: Path) -> dict[str, Any]:
 def _portable(source: ActivationSource) -> dict[str, Any]:
     """A source whose relative paths are absolute, so that it can be found from another working folder."""
     content = asdict(source)
-    for name in ("model", "text"):
-        path = Path(content[name]).expanduser()
-        if path.exists() or (name == "text" and any(letter in content[name] for letter in "*?[")):
-            content[name] = str(path.absolute())
+    if source.model not in PACKAGES and Path(source.model).expanduser().exists():
+        content["model"] = str(Path(source.model).expanduser().absolute())
+    if source.text not in ("english", "code") and not source.text.startswith("hf:"):
+        content["text"] = str(Path(source.text).expanduser().absolute())
     return content
 
 

@@ -62,7 +62,7 @@ class FeatureStatistics(nn.Module):
 
     @torch.no_grad()
     def update_demand(self, codes: Allocation) -> None:
-        """Take in what features would get if they competed freely (Mutual Choice); the measured rank of Feature Choice."""
+        """Take in what features would get if they competed freely (Mutual Choice): Feature Choice ranks by it."""
         self.demand_batches += 1
         self.demand.lerp_(codes.winners_per_column() / codes.shape[0], self._weight(self.demand_batches))
 

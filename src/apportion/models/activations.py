@@ -31,9 +31,13 @@ FORMAT = "apportion-activation-store"
 VERSION = 1
 MANIFEST = "manifest.json"
 # numpy has no bfloat16: its bits travel as uint16 until torch reads them.
-STORED = {"bfloat16": ("BF16", np.dtype("<u2")), "float32": ("F32", np.dtype("<f4"))}
-_NUMPY_OF = {"BF16": np.dtype("<u2"), "F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
-_LONGEST_HEADER = 1 << 20
+STORED: dict[str, tuple[str, np.dtype]] = {"bfloat16": ("BF16", np.dtype("<u2")), "float32": ("F32", np.dtype("<f4"))}
+_NUMPY_OF: dict[str, np.dtype] = {
+    "BF16": np.dtype("<u2"),
+    "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+}
 # Fewer contexts than this in a held-out stretch, and the mixed ones at its ends begin to weigh.
 _CONTEXTS_PER_STRETCH = 20
 _ROUNDS = 6
@@ -75,7 +79,7 @@ def shard_layout(
         The safetensors header, the place of every tensor in the file, and the size of the file in bytes.
     """
     per_token = ("token_ids", "document", "position")
-    wanted = {name: ("I32", (contexts, length)) for name in per_token}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(per_token, ("I32", (contexts, length)))
     wanted |= {site: (STORED[dtype][0], (contexts, length, width)) for site, width in widths.items()}
     wanted["valid"] = ("U8", (contexts, length))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "store": identity, "shard": str(index)}}
@@ -171,7 +175,7 @@ class Shard:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != self.sha256:
             raise InputError(
-                f"shard {self.path} does not match its checksum (sha256 {found[:12]}..., manifest {self.sha256[:12]}...): "
+                f"shard {self.path} does not match its checksum ({found[:12]}, in the manifest {self.sha256[:12]}): "
                 "the file was damaged or changed; delete the store and harvest again"
             )
 
@@ -216,6 +220,11 @@ class StoreView:
     def _row_ends(self) -> np.ndarray:
         return np.cumsum(np.diff(self.store.first_row_of_context)[self._chosen])
 
+    @cached_property
+    def _shift_of_context(self) -> np.ndarray:
+        """How much further back each context's rows are in the store than in the view."""
+        return self.store.first_row_of_context[self._chosen + 1] - self._row_ends
+
     def read(
         self, indices: Int[Tensor, " n"] | Int[np.ndarray, " n"], site: Site | str | None = None
     ) -> Float32[Tensor, "n width"]:
@@ -231,7 +240,7 @@ class StoreView:
             ValueError: a row holds NaN or infinity; names the shard and the row.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        if len(indices) and not (0 <= indices.min() and indices.max() < self.n_tokens):
+        if len(indices) and not (indices.min() >= 0 and indices.max() < self.n_tokens):
             raise IndexError(
                 f"indices run from {indices.min()} to {indices.max()}: there are {self.n_tokens} rows from 0"
             )
@@ -240,7 +249,7 @@ class StoreView:
     def origins(
         self, indices: Int[Tensor, " n"] | Int[np.ndarray, " n"]
     ) -> tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]]:
-        """The document of each row, counted in the order in which they were harvested, and the position in that document."""
+        """The document of each row, in the order in which they were harvested, and the position in that document."""
         rows = self._rows_in_store(np.asarray(indices, dtype=np.int64))
         return self.store.gather_numbers(rows, "document"), self.store.gather_numbers(rows, "position")
 
@@ -313,8 +322,9 @@ class StoreView:
         usable = [(train, held_out) for train, held_out in candidates if len(train) and len(held_out)]
         if not usable:
             raise InputError(
-                f"held_out_fraction is {held_out_fraction}, but {self.n_contexts} contexts of {np.count_nonzero(counts)} "
-                "documents leave no whole document to hold out: harvest more text, in more documents"
+                f"held_out_fraction is {held_out_fraction}, but {self.n_contexts} contexts of "
+                f"{np.count_nonzero(counts)} documents leave no whole document to hold out: harvest more text, in more "
+                "documents"
             )
 
         def miss(pair: tuple[np.ndarray, np.ndarray]) -> float:
@@ -326,10 +336,7 @@ class StoreView:
         return StoreView(self.store, train), StoreView(self.store, held_out)
 
     def _rows_in_store(self, indices: np.ndarray) -> np.ndarray:
-        context = np.searchsorted(self._row_ends, indices, side="right")
-        first_row = self.store.first_row_of_context[self._chosen]
-        counts = np.diff(self.store.first_row_of_context)[self._chosen]
-        return first_row[context] + indices - (self._row_ends[context] - counts[context])
+        return indices + self._shift_of_context[np.searchsorted(self._row_ends, indices, side="right")]
 
 
 class ActivationStore(StoreView):
@@ -419,8 +426,8 @@ class ActivationStore(StoreView):
         source = self.manifest["model"]
         if source["fingerprint"] != model.fingerprint:
             raise InputError(
-                f"the store {self.folder} was harvested from {source['name']} (fingerprint {source['fingerprint'][:12]}), "
-                f"not from {model.name} (fingerprint {model.fingerprint[:12]}): load that model, or harvest from this one"
+                f"the store {self.folder} was harvested from {source['name']} ({source['fingerprint'][:12]}), not from "
+                f"{model.name} ({model.fingerprint[:12]}): load that model, or harvest from this one"
             )
 
     @cached_property
@@ -595,7 +602,7 @@ def shuffled(positions: Int64[np.ndarray, " n"], size: int, seed: Sequence[int])
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every bit of the input moves every bit of the output."""
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): every input bit moves every output bit."""
     numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return numbers ^ (numbers >> np.uint64(31))

@@ -70,10 +70,9 @@ def harvest(
     arguments, and on the same machine ends with the very same bytes as one that was not. A finished store is returned
     at once, after its documents were compared with those it was made from.
 
-    Memory: beside the model and its forward pass, the activations of one batch (in the model's dtype, in float32 one
-        site at
-    a time, and as stored) and the token ids of one shard; the figure is in the manifest, ``peak_memory_bytes``.
-    Activations go to the shard's file batch by batch.
+    Beside the model and its forward pass it holds the activations of one batch (in the model's dtype, in float32 one
+    site at a time, and as stored) and the token ids of one shard, since activations go to the shard's file batch by
+    batch. The manifest states the figure, ``peak_memory_bytes``.
 
     Args:
         lm: the model; see `load`.
@@ -409,7 +408,7 @@ def _other_documents(folder: Path) -> InputError:
 
 @contextlib.contextmanager
 def _only_one_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder itself: it leaves no file behind, and the system drops it when the process is killed."""
+    """Hold a lock on the folder itself: it leaves no file behind, and is gone when the process is killed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)

@@ -18,7 +18,9 @@ from apportion.report.data import ErrorByDifficulty, Metric, ReportData, ZipfFit
 class Dictionary(SparseEncoder, Protocol):
     """What a report needs of a dictionary; `apportion.features.SparseAutoencoder` is one."""
 
-    decoder_weight: Tensor
+    @property
+    def decoder_weight(self) -> Tensor:
+        """Directions ``[n_features, d_in]``."""
 
     def decode(self, codes: Any) -> Tensor:
         """Reconstruction ``[tokens, d_in]`` from what ``encode`` returned."""
@@ -51,8 +53,13 @@ def build_report(
         decode_tokens: one text for each token id given; `token_texts` makes one from a transformers tokenizer.
         lm_unembedding: the model's output embedding; None leaves the logit lens out.
         final_norm_weight: gain of the model's last norm, folded into the unembedding.
-        summary, metrics, history, zipf, labels, document_names: passed on; see `ReportData`.
-        difficulty_contexts: contexts from which error by token difficulty is measured, spread over the view; 0 leaves it out.
+        summary: facts of the run, shown in order.
+        metrics: judged quality.
+        history: training log.
+        zipf: law fitted to the densities.
+        labels: what features are called.
+        document_names: names of the documents by number.
+        difficulty_contexts: contexts for error by token difficulty, spread over the view; 0 leaves it out.
         progress: show a progress bar when the error stream is a terminal.
         context_settings: further arguments of `collect_contexts`.
 
@@ -97,7 +104,8 @@ def error_by_difficulty(
     mean squared distance over all tokens, so the mean over the groups is the fraction of variance unexplained.
 
     Returns:
-        None where there are fewer than two tokens a group.
+        None where there are fewer than two tokens a group, or where the dictionary does not reconstruct its own input
+        (a transcoder).
 
     Raises:
         ValueError: ``contexts`` or ``groups`` is below 1.
@@ -110,7 +118,7 @@ def error_by_difficulty(
         _, activations, valid, _ = view.contexts(number, number + 1)
         parts.append(activations[valid].float())
     x = torch.cat(parts).to(sae.decoder_weight.device)
-    if len(x) < 2 * groups:
+    if len(x) < 2 * groups or sae.decoder_weight.shape[1] != x.shape[1]:
         return None
     was_training = bool(getattr(sae, "training", False))
     if was_training:

@@ -175,7 +175,8 @@ class _Plot:
 
     def dots(self, xs: np.ndarray, ys: np.ndarray, kind: str, hints: list[str], radius: float = 2.2) -> str:
         return "".join(
-            f'<circle class="{kind}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{radius}"><title>{escape(hint)}</title></circle>'
+            f'<circle class="{kind}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="{radius}">'
+            f"<title>{escape(hint)}</title></circle>"
             for x, y, hint in zip(xs, ys, hints, strict=True)
         )
 
@@ -193,7 +194,8 @@ class _Plot:
 
     def error_bars(self, xs: np.ndarray, ys: np.ndarray, errors: np.ndarray) -> str:
         return "".join(
-            f'<line class="error" x1="{self.x(x):.1f}" x2="{self.x(x):.1f}" y1="{self.y(y - e):.1f}" y2="{self.y(y + e):.1f}"/>'
+            f'<line class="error" x1="{self.x(x):.1f}" x2="{self.x(x):.1f}" '
+            f'y1="{self.y(y - e):.1f}" y2="{self.y(y + e):.1f}"/>'
             for x, y, e in zip(xs, ys, errors, strict=True)
         )
 
@@ -214,13 +216,15 @@ class _Plot:
             y = self.y(tick)
             parts.append(f'<line class="grid" x1="{self.left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(
-                f'<text class="tick" x="{self.left - 7}" y="{y + 3.5:.1f}" text-anchor="end">{_tick(tick, self.log_y)}</text>'
+                f'<text class="tick" x="{self.left - 7}" y="{y + 3.5:.1f}" text-anchor="end">'
+                f"{_tick(tick, self.y_ticks, self.log_y)}</text>"
             )
         for tick in self.x_ticks:
             x = self.x(tick)
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{floor}" y2="{floor + 4}"/>')
             parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">{_tick(tick, self.log_x)}</text>'
+                f'<text class="tick" x="{x:.1f}" y="{floor + 16}" text-anchor="middle">'
+                f"{_tick(tick, self.x_ticks, self.log_x)}</text>"
             )
         parts.append(f'<line class="axis" x1="{self.left}" x2="{right}" y1="{floor}" y2="{floor}"/>')
         parts.append(inside)
@@ -246,7 +250,10 @@ def _linear_ticks(low: float, high: float, about: int) -> list[float]:
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw)
     first = math.ceil(low / step)
-    return [round(step * i, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    ticks = [
+        round(step * i, 12 - math.floor(math.log10(step))) for i in range(first, math.floor(high / step + 1e-9) + 1)
+    ]
+    return ticks if len(ticks) > 1 else _linear_ticks(low, high, 2 * about)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -259,11 +266,15 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [tick for tick in finer if low <= tick <= high] or [low]
 
 
-def _tick(value: float, logarithmic: bool) -> str:
+def _tick(value: float, ticks: list[float], logarithmic: bool) -> str:
     if logarithmic and (value >= 1e5 or value < 1e-3):
         exponent = round(math.log10(value))
         return f'10<tspan dy="-4" font-size="8">{str(exponent).replace("-", "−")}</tspan>'
-    return _short(value)
+    if logarithmic or len(ticks) < 2 or value == 0:
+        return _short(value)
+    # As many decimals as tell neighbours apart.
+    decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+    return _short(value) if decimals > 4 or abs(value) >= 1e6 else f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def _short(value: float) -> str:
@@ -280,8 +291,11 @@ def _share(value: float) -> str:
 def _padded(low: float, high: float, logarithmic: bool) -> tuple[float, float]:
     if logarithmic:
         return low / 1.2, high * 1.2
-    span = (high - low) or abs(high) or 1.0
-    return low - 0.06 * span if low < 0 or low > 0.06 * span else 0.0, high + 0.08 * span
+    # A curve that hardly moves should look as if it hardly moved.
+    span = max(high - low, 0.02 * abs(high)) or 1.0
+    spare = (span - (high - low)) / 2
+    bottom = low - spare - 0.06 * span
+    return bottom if low < 0 or bottom > 0 else 0.0, high + spare + 0.08 * span
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

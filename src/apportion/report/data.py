@@ -75,13 +75,13 @@ class ReportData:
     Attributes:
         title: heading of the report.
         contexts: statistics and example contexts of every feature.
-        token_text: text of every token id that occurs in ``contexts`` or ``lens``; a missing one is shown as its id.
-        summary: facts of the run in the order to show them, e.g. ``{"model": "smollm2", "site": "layers.15.residual"}``.
+        token_text: text of every token id in ``contexts`` and ``lens``; a missing one is shown as its id.
+        summary: facts of the run, shown in order, e.g. ``{"model": "smollm2", "budget": 32}``.
         metrics: judged quality.
         history: training log, one mapping a step with the key ``"step"`` and numbers.
         zipf: law fitted to the densities, drawn over them.
         error_by_difficulty: see there.
-        lens: promoted and suppressed tokens of every feature; None where the site does not write to the residual stream.
+        lens: promoted and suppressed tokens; None where the site does not write to the residual stream.
         nearest: neighbours by decoder cosine.
         labels: what features are called, by feature number.
         document_names: names of the documents, by document number.
@@ -106,7 +106,7 @@ class ReportData:
         Raises:
             ValueError: names the part and both numbers of features.
         """
-        parts: dict[str, Int[np.ndarray, "..."] | None] = {
+        parts: dict[str, Int[np.ndarray, ...] | None] = {
             "lens": None if self.lens is None else self.lens.promoted_ids,
             "nearest": None if self.nearest is None else self.nearest.indices,
         }

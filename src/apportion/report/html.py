@@ -91,7 +91,7 @@ def _metric_row(metric: Metric) -> dict[str, str]:
 
 
 def _fact(value: str | int | float) -> str:
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, (bool, str)):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 

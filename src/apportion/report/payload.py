@@ -3,7 +3,7 @@
 A block is deflate(JSON header + raw little-endian arrays), in base64. The header says where each array lies. Text
 travels only inside such blocks, so that nothing in a corpus can be read as HTML.
 
-The windows of different features overlap heavily, so the text is stored once (``corpus``) and a window is a place in it.
+The windows of different features overlap heavily, so the text is stored once (``corpus``); a window is a place in it.
 """
 
 import base64
@@ -59,7 +59,7 @@ def blocks(data: ReportData) -> Iterator[tuple[str, str]]:
         ValueError: two windows disagree about the token at one position.
     """
     contexts = data.contexts
-    starts, lengths, corpus, segments = _shared_text(data)
+    starts, lengths, corpus = _shared_text(data)
     used = [corpus] if data.lens is None else [corpus, data.lens.promoted_ids, data.lens.suppressed_ids]
     token_ids = np.unique(np.concatenate([part.reshape(-1) for part in used])).astype(np.int64)
 
@@ -87,7 +87,7 @@ def blocks(data: ReportData) -> Iterator[tuple[str, str]]:
             {"labels": {str(feature): readable(label) for feature, label in data.labels.items()}},
         ),
     )
-    yield "corpus", encode_block({"tokens": word(corpus), "segments": segments})
+    yield "corpus", encode_block({"tokens": word(corpus)})
     yield (
         "windows",
         encode_block(
@@ -141,8 +141,8 @@ def _about(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _shared_text(data: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Windows as places in one run of tokens: starts, lengths, the tokens, and where a new stretch of text begins."""
+def _shared_text(data: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows as places in one run of tokens: starts, lengths and the tokens."""
     contexts = data.contexts
     there = contexts.token_ids >= 0
     lengths = there.sum(axis=2)
@@ -154,8 +154,7 @@ def _shared_text(data: ReportData) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
         raise ValueError("contexts: two windows disagree about the token at one position; was `position` renumbered?")
     starts = np.searchsorted(positions, contexts.position)
     starts[lengths == 0] = 0
-    segments = np.flatnonzero(np.diff(positions, prepend=-2) > 1).astype(np.uint32)
-    return starts, lengths, corpus, segments
+    return starts, lengths, corpus
 
 
 def _trimmed_histograms(histogram: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:

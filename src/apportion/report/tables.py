@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One measured number: what was measured (``name``), which ``metric``, its mean, standard error and sample count."""
+    """One measured number: what was measured (``name``), which ``metric``, mean, standard error and sample count."""
 
     name: str
     metric: str

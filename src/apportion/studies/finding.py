@@ -130,9 +130,7 @@ class Finding:
         """The contract of ``apportion study <slug> --json``; pictures are left out."""
         content = asdict(self)
         del content["plots"]
-        content["comparisons"] = [
-            {**asdict(each), "verdict": each.verdict} for each in self.comparisons
-        ]
+        content["comparisons"] = [{**asdict(each), "verdict": each.verdict} for each in self.comparisons]
         return {"slug": self.slug, "verdict": self.verdict, **content}
 
     @classmethod

@@ -1,8 +1,9 @@
 """Study of *Adaptive Sparse Allocation with Mutual Choice & Feature Choice SAEs* (Ayonrinde 2024, arXiv 2411.02124).
 
 Two halves. On a synthetic dictionary, where the true features are known, claims (a) to (f) of the method sheet, each in
-batch mode and in inference (threshold) mode, with a control in which the advantage must shrink. On the residual stream of
-SmolLM2, dictionaries of equal width, budget, steps and data order are compared on held-out documents in inference mode.
+batch mode and in inference (threshold) mode, with a control in which the advantage must shrink. On the residual stream
+of SmolLM2, dictionaries of equal width, budget, steps and data order are compared on held-out documents in inference
+mode.
 
 Every method gets the same learning-rate grid (``_GRID``) on a seed of its own; the best by FVU is used for all seeds.
 """
@@ -20,20 +21,23 @@ from torch import Tensor
 
 from apportion.allocate import FeatureChoice, MutualChoice, TokenChoice, Zipf
 from apportion.data import SyntheticDictionary, corpus
-from apportion.errors import InputError
-from apportion.features import Phases, Recipe, SparseAutoencoder, fit_dictionary
+from apportion.features import Phases, Recipe, SparseAutoencoder, ZipfFit, fit_dictionary
 from apportion.features.evaluate import SplicedLoss, evaluate_reconstruction
 from apportion.models import ActivationStore, LanguageModel, Site, cache_dir, harvest, load
 from apportion.models.activations import StoreView
+from apportion.report import plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
 from apportion.studies.progress import Steps, steps_shown
 from apportion.studies.run import machine
 
 CLAIM = (
-    "At equal mean L0, Mutual Choice reconstructs better and recovers more of the model's loss than Token Choice (TopK); "
-    "Feature Choice with Zipf quotas leaves no feature dead; aux_zipf_loss leaves fewer features underused than aux_k_loss."
+    "At equal mean L0, Mutual Choice reconstructs better and recovers more of the model's loss than Token Choice "
+    "(TopK); Feature Choice with Zipf quotas leaves no feature dead; aux_zipf_loss leaves fewer features underused than "
+    "aux_k_loss."
 )
-BASELINE = "TopK (Token Choice) dictionaries at the same budget, width, steps and data, learning rate tuned on the same grid"
+BASELINE = (
+    "TopK (Token Choice) dictionaries at the same budget, width, steps and data, learning rate tuned on the same grid"
+)
 
 _FREE = Phases(warmup_fraction=0, mutual_fraction=0)
 _TUNING_SEED = 1000
@@ -105,11 +109,11 @@ def run(scale: Scale, seeds: list[int], progress: bool = True) -> Finding:
     size = _SIZES[scale]
     with steps_shown(progress, CLAIM.split(";")[0]) as steps:
         rows, comparisons, notes = _on_synthetic(size.synthetic, seeds, steps)
-        plots: dict[str, str] = {}
+        pictures: dict[str, str] = {}
         if size.real is not None:
             more = _on_model(size.real, seeds, steps)
             rows, comparisons = rows + more[0], comparisons + more[1]
-            notes, plots = notes + more[2], more[3]
+            notes, pictures = notes + more[2], more[3]
     return Finding(
         slug="mutual_feature_choice",
         claim=CLAIM,
@@ -120,7 +124,7 @@ def run(scale: Scale, seeds: list[int], progress: bool = True) -> Finding:
         machine=machine(),
         scale=scale,
         notes=notes,
-        plots=plots,
+        plots=pictures,
     )
 
 
@@ -236,13 +240,28 @@ def _synthetic_claims(measured: Measured) -> list[Comparison]:
         gain = 1 - of(mutual, fvu) / of(topk, fvu)
         control_gain = 1 - control(mutual, fvu) / control(topk, fvu)
         claims += [
-            (f"synthetic (a) Mutual Choice FVU is at most 0.75 of TopK's, {mode}", 0.75 - of(mutual, fvu) / of(topk, fvu)),
-            (f"synthetic (b) Feature Choice (Zipf) FVU is at most 0.85 of TopK's, {mode}", 0.85 - of(feature, fvu) / of(topk, fvu)),
+            (
+                f"synthetic (a) Mutual Choice FVU is at most 0.75 of TopK's, {mode}",
+                0.75 - of(mutual, fvu) / of(topk, fvu),
+            ),
+            (
+                f"synthetic (b) Feature Choice (Zipf) FVU is at most 0.85 of TopK's, {mode}",
+                0.85 - of(feature, fvu) / of(topk, fvu),
+            ),
             (f"synthetic (b) Feature Choice (Zipf) has no dead feature, {mode}", 0.5 / 160 - of(feature, dead)),
-            (f"synthetic (c) Mutual Choice has more features below density 1e-3 than TopK, {mode}", of(mutual, rare) - of(topk, rare)),
+            (
+                f"synthetic (c) Mutual Choice has more features below density 1e-3 than TopK, {mode}",
+                of(mutual, rare) - of(topk, rare),
+            ),
             (f"synthetic (c) Feature Choice (Zipf) has none below density 1e-3, {mode}", 0.5 / 160 - of(feature, rare)),
-            (f"synthetic (e) Mutual Choice's L0 follows the true L0, correlation above 0.7, {mode}", of(mutual, tracks) - 0.7),
-            (f"synthetic (e) Feature Choice's L0 follows the true L0, correlation above 0.7, {mode}", of(feature, tracks) - 0.7),
+            (
+                f"synthetic (e) Mutual Choice's L0 follows the true L0, correlation above 0.7, {mode}",
+                of(mutual, tracks) - 0.7,
+            ),
+            (
+                f"synthetic (e) Feature Choice's L0 follows the true L0, correlation above 0.7, {mode}",
+                of(feature, tracks) - 0.7,
+            ),
             (f"synthetic (e) TopK's does not, correlation below 0.2, {mode}", 0.2 - of(topk, tracks).abs()),
             (f"synthetic (f) control: Mutual Choice's gain shrinks without heterogeneity, {mode}", gain - control_gain),
         ]
@@ -250,7 +269,10 @@ def _synthetic_claims(measured: Measured) -> list[Comparison]:
         ratio = of(name, "FVU, threshold") / of(name, "FVU, batch")
         claims += [
             (f"synthetic (d) {name}: threshold FVU within 3 % of batch FVU", 0.03 - (ratio - 1)),
-            (f"synthetic (d) {name}: threshold L0 within 5 % of the budget", 0.05 - (of(name, "L0, threshold") / 5 - 1).abs()),
+            (
+                f"synthetic (d) {name}: threshold L0 within 5 % of the budget",
+                0.05 - (of(name, "L0, threshold") / 5 - 1).abs(),
+            ),
         ]
     return [Comparison.positive(claim, margins.tolist()) for claim, margins in claims]
 
@@ -300,7 +322,7 @@ def _on_model(
         recipes[name] = replace(recipe, learning_rate=rates[tuned])
     measured: Measured = defaultdict(lambda: defaultdict(list))
     densities: dict[str, Tensor] = {}
-    fits: list[str] = []
+    fits: dict[str, ZipfFit] = {}
     for seed in seeds:
         for name, recipe in recipes.items():
             steps.say(f"{size.model}, seed {seed}: {name}")
@@ -309,17 +331,23 @@ def _on_model(
                 measured[f"{size.model}: {name}"][metric].append(value)
             if seed == seeds[0]:
                 densities[name] = density
-                fits.append(f"{name}: {fit}")
+                if fit is not None:
+                    fits[name] = fit
     notes = [
         f"{size.model}, {size.site}, {train.n_tokens} training tokens of {size.text}, F={size.n_features}, budget "
         f"{size.budget}, {size.steps} steps of {size.batch_size}; calibrated on {calibration.n_tokens} and tested on "
         f"{test.n_tokens} held-out tokens of other documents; learning rates "
         + ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         + ".",
-        "Zipf fits of the densities on test text, seed " + f"{seeds[0]}: " + "; ".join(fits) + ".",
+        f"Zipf fits of the densities on test text, seed {seeds[0]}: "
+        + "; ".join(
+            f"{name}: exponent {fit.exponent:.2f}, offset {fit.offset:g}, R^2 of the log densities {fit.r_squared:.3f}"
+            for name, fit in fits.items()
+        )
+        + ".",
     ]
-    plots = _plots(densities, bench.zipf_of)
-    return collect_rows(measured), _model_claims(size, measured), notes, plots
+    pictures = {"density": _density_plot(densities, fits, f"{size.model} {size.site}")}
+    return collect_rows(measured), _model_claims(size, measured), notes, pictures
 
 
 def _views(lm: LanguageModel, size: _Real) -> tuple[StoreView, StoreView, StoreView]:
@@ -340,7 +368,6 @@ class _Bench:
     ) -> None:
         self.size, self.train, self.calibration, self.test = size, train, calibration, test
         self.spliced = SplicedLoss(lm, Site.parse(size.site), test, contexts=size.loss_contexts)
-        self.zipf_of: dict[str, Any] = {}
 
     def fit(self, recipe: Recipe) -> SparseAutoencoder:
         """Train and calibrate."""
@@ -358,7 +385,7 @@ class _Bench:
         """What the learning rate is chosen by; on the calibration part, so that the test part stays unseen."""
         return evaluate_reconstruction(self.fit(recipe), self.calibration, device=self.size.device).metrics["fvu"].value
 
-    def measure(self, recipe: Recipe) -> tuple[dict[str, float], Tensor, str]:
+    def measure(self, recipe: Recipe) -> tuple[dict[str, float], Tensor, ZipfFit | None]:
         """All figures of a recipe."""
         sae = self.fit(recipe)
         evaluation = evaluate_reconstruction(sae, self.test, device=self.size.device)
@@ -367,15 +394,9 @@ class _Bench:
         figures = {name: evaluation.metrics[name].value for name in ("fvu", "l0", "cossim", "dead")}
         figures |= {name: loss[name].value for name in ("ce_loss_score", "ce_loss_score_mean", "ce_increase")}
         figures["underused"] = float((evaluation.density < mean_density / 32).float().mean())
-        fit = evaluation.zipf
-        if fit is None:
-            return figures, evaluation.density, "too few features fire"
-        figures["Zipf exponent"] = fit.exponent
-        return (
-            figures,
-            evaluation.density,
-            f"exponent {fit.exponent:.2f}, offset {fit.offset:g}, R^2 of the log densities {fit.r_squared:.3f}",
-        )
+        if evaluation.zipf is not None:
+            figures["Zipf exponent"] = evaluation.zipf.exponent
+        return figures, evaluation.density, evaluation.zipf
 
 
 def _in_batches(view: StoreView) -> Iterator[Tensor]:
@@ -391,7 +412,10 @@ def _model_claims(size: _Real, measured: Measured) -> list[Comparison]:
     one = 0.5 / size.n_features
     claims = [
         (f"{size.model}: Mutual Choice's FVU is below TopK's", of(topk, "fvu") - of(mutual, "fvu")),
-        (f"{size.model}: Mutual Choice recovers more loss than TopK", of(mutual, "ce_loss_score") - of(topk, "ce_loss_score")),
+        (
+            f"{size.model}: Mutual Choice recovers more loss than TopK",
+            of(mutual, "ce_loss_score") - of(topk, "ce_loss_score"),
+        ),
         (f"{size.model}: Feature Choice (Zipf) has no dead feature on held-out text", one - of(feature, "dead")),
     ]
     claims += [
@@ -411,13 +435,19 @@ def _model_claims(size: _Real, measured: Measured) -> list[Comparison]:
     return [Comparison.positive(claim, margins.tolist()) for claim, margins in claims]
 
 
-def _plots(densities: dict[str, Tensor], _: dict[str, Any]) -> dict[str, str]:
-    raise InputError("plots are not wired")
+def _density_plot(densities: dict[str, Tensor], fits: dict[str, ZipfFit], where: str) -> str:
+    """Density by rank with the fitted laws, as SVG text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = plots.density_rank(
+            Path(folder) / "density.svg",
+            {name: density.numpy() for name, density in densities.items()},
+            {name: plots.ZipfFit(fit.exponent, fit.scale, fit.offset) for name, fit in fits.items()},
+            title=f"Feature density by rank, {where}",
+        )
+        return path.read_text(encoding="utf-8")
 
 
-def _best_rate(
-    recipe: Recipe, rates: tuple[float, ...], tuned_steps: int, score: Callable[[Recipe], float]
-) -> float:
+def _best_rate(recipe: Recipe, rates: tuple[float, ...], tuned_steps: int, score: Callable[[Recipe], float]) -> float:
     """The rate with the lowest score in a shorter run on a seed that is used for nothing else."""
     if len(rates) == 1:
         return rates[0]

@@ -3,9 +3,10 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Steps(Protocol):
     """Where a study says what it does next."""
 

@@ -3,12 +3,13 @@
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from apportion.errors import InputError
 from apportion.studies.finding import Finding, Scale
 
 
+@runtime_checkable
 class Study(Protocol):
     """A module of ``apportion.studies``: one published system and its claim."""
 
@@ -53,7 +54,7 @@ class Entry:
 
 _PAPERS = {
     "features": {
-        "mutual_feature_choice": "Adaptive Sparse Allocation with Mutual Choice & Feature Choice SAEs, arXiv 2411.02124",
+        "mutual_feature_choice": "Adaptive Sparse Allocation: Mutual Choice & Feature Choice SAEs, arXiv 2411.02124",
         "gradient_sae": "Features that Make a Difference: Gradient SAEs, arXiv 2411.10397",
         "attention_output_sae": "Interpreting Attention Layer Outputs with SAEs, arXiv 2406.17759",
         "transcoder_circuits": "Transcoders Find Interpretable LLM Feature Circuits, arXiv 2406.11944",

@@ -61,9 +61,7 @@ def all_studies() -> list[dict[str, Any]]:
     for each in SYSTEMS:
         finding = last_finding(each.slug) if each.built else None
         state = finding.verdict if finding else ("not run" if each.built else "not built")
-        rows.append(
-            {"slug": each.slug, "room": each.room, "paper": each.paper, "built": each.built, "verdict": state}
-        )
+        rows.append({"slug": each.slug, "room": each.room, "paper": each.paper, "built": each.built, "verdict": state})
     return rows
 
 
@@ -73,8 +71,8 @@ def write_results(folder: Path | str) -> Path:
     lines = [
         "# Results",
         "",
-        "Written by `apportion study --write` from what was measured; not edited by hand. A verdict is computed: a claim",
-        "holds if the 95 % interval over seeds of every comparison that counts lies on its side of zero.",
+        "Written by `apportion study --write` from what was measured; not edited by hand. A verdict is computed: a",
+        "claim holds if the 95 % interval over seeds of every comparison that counts lies on its side of zero.",
         "",
     ]
     for each in SYSTEMS:
@@ -93,7 +91,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         name = f"{len(names)} x {names[0]}" if names else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"
@@ -105,7 +105,8 @@ def _section(finding: Finding, paper: str, folder: Path) -> list[str]:
     for each in finding.comparisons:
         counted = "" if each.part_of_verdict else " (not counted)"
         lines.append(
-            f"| {each.claim}{counted} | {each.mean:.4g} ({each.low:.4g} to {each.high:.4g}) | {each.n} | {each.verdict} |"
+            f"| {each.claim}{counted} | {each.mean:.4g} ({each.low:.4g} to {each.high:.4g}) | {each.n} "
+            f"| {each.verdict} |"
         )
     lines += ["", "| | metric | mean | standard error | seeds |", "|---|---|---|---|---|"]
     for row in finding.rows:
@@ -123,5 +124,3 @@ def _section(finding: Finding, paper: str, folder: Path) -> list[str]:
 
 def _kept(slug: str, scale: str) -> Path:
     return cache_dir() / "findings" / slug / scale
-
-

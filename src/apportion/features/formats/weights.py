@@ -1,8 +1,10 @@
 """What a sparse autoencoder comes down to in whoever's file: two matrices and two biases."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,9 +21,10 @@ _ROWS_AT_ONCE = 8192  # bounds the float64 copies
 
 @dataclass(frozen=True, eq=False)
 class AffineWeights:
-    """``scores = (x - decoder_bias) @ encoder_weight.T + encoder_bias``, ``output = codes @ decoder_weight + decoder_bias``.
+    """The scores are ``(x - decoder_bias) @ encoder_weight.T + encoder_bias``; the output follows from the codes.
 
-    What a library does besides (scales, norms, a bias that is not subtracted) is folded into these four.
+    ``output = codes @ decoder_weight + decoder_bias``. What a library does besides (scales, norms, a bias that is not
+    subtracted) is folded into these four.
     """
 
     encoder_weight: Float[Tensor, "features d_in"]
@@ -32,7 +35,7 @@ class AffineWeights:
     @classmethod
     def of(cls, sae: SparseAutoencoder) -> "AffineWeights":
         """Of a dictionary, with its input scale folded so that the codes keep their values; on the CPU, in float32."""
-        scale = float(sae.input_scale)
+        scale = float(sae.get_buffer("input_scale"))
         return cls(
             encoder_weight=_plain(sae.encoder_weight * scale),
             encoder_bias=_plain(sae.encoder_bias),
@@ -45,24 +48,19 @@ class AffineWeights:
         bias = self.decoder_bias.double()
         return torch.cat([rows.double() @ bias for rows in self.encoder_weight.split(_ROWS_AT_ONCE)])
 
-    def for_uncentred_input(self) -> "AffineWeights":
-        """For weights whose encoder was given ``x`` itself: raise the encoder bias by what subtracting takes away."""
-        raised = self.encoder_bias.double() + self.scores_of_decoder_bias()
-        return replace(self, encoder_bias=raised.to(self.encoder_bias.dtype))
+    def with_encoder_bias_raised(self, by: Float[Tensor, "*features"]) -> "AffineWeights":
+        """For an encoder that was given ``x`` itself: raise its bias by ``scores_of_decoder_bias``."""
+        return replace(self, encoder_bias=(self.encoder_bias + by).to(self.encoder_bias.dtype))
 
     def with_unit_decoder(self) -> "AffineWeights":
         """Move the norms of the decoder's rows into the encoder: same output, codes multiplied by the norms."""
-        norm = self.decoder_norms()
+        norm = self.decoder_weight.norm(dim=1).clamp(min=1e-8)  # rows of zeros stay so
         return replace(
             self,
             encoder_weight=self.encoder_weight * norm.unsqueeze(1),
             encoder_bias=self.encoder_bias * norm,
             decoder_weight=self.decoder_weight / norm.unsqueeze(1),
         )
-
-    def decoder_norms(self) -> Float[Tensor, "features"]:
-        """Norm of every decoder row; a little above 0 for rows of zeros."""
-        return self.decoder_weight.norm(dim=1).clamp(min=1e-8)
 
     def into_dictionary(self, rule: Rule | LearnedThreshold, gated: bool = False) -> SparseAutoencoder:
         """A dictionary of these weights in evaluation mode; what belongs to its rule is left to the caller."""
@@ -102,8 +100,8 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str
     missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
     if missing or unknown:
         raise InputError(
-            f"{path} does not fit its cfg.json: it lacks {missing or 'nothing'} and has {unknown or 'nothing'} besides; "
-            f"expected {sorted(shapes)}"
+            f"{path} does not fit its cfg.json, which asks for {sorted(shapes)}: it lacks {missing or 'nothing'} "
+            f"and has {unknown or 'nothing'} besides"
         )
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
@@ -118,6 +116,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     with write_atomically(path) as temporary:
         temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
+
+def positive_number(path: Path, config: Mapping[str, Any], name: str, whole: bool = False) -> float:
+    """A number above 0 that ``config``, read from ``path``, must have.
+
+    Raises:
+        InputError: it is missing or something else.
+    """
+    value = config.get(name)
+    if isinstance(value, (int, float)) and 0 < value < math.inf and (not whole or value == int(value)):
+        return value
+    raise InputError(f"{path}: {name} is {value!r}: it should be {'a whole' if whole else 'a'} number above 0")
 
 
 def _plain(tensor: Tensor) -> Tensor:

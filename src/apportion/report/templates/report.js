@@ -101,7 +101,7 @@
       } else {
         plain += character;
       }
-      leading &&= isSpace;
+      leading &&= isSpace || character in signs;
     }
     flush();
     if (text === "") node.append(make("span", "code", "empty"));
@@ -125,17 +125,18 @@
     return all > 0 && (text.match(rightToLeft)?.length ?? 0) > all / 2;
   }
 
-  // A window as [before | peak after]. `shares` (activation / maximum, 0..65535) shades; `hit` marks a search's match.
+  // A window as [before | pivot after], where the pivot is its peak or, in a search, what was found. `shares` (activation / maximum, 0..65535) shades; `hit` marks a search's match.
   function kwic(found, shares = null, hit = null) {
     const node = make("span", "kwic");
     const [before, after] = [make("span", "before"), make("span", "after")];
     const [run, tail] = [make("span"), make("span")];
     let head = null;
+    const pivot = hit ? hit[0] - found.start : found.peak;
     for (let i = 0; i < found.length; i++) {
       const place = found.start + i;
-      const into = i < found.peak ? run : tail;
-      if (i === found.peak) head = tokenNode(found, i, shares, hit);
-      else if (shares || (hit && place >= hit[0] && place < hit[1])) into.append(tokenNode(found, i, shares, hit));
+      const into = i < pivot ? run : tail;
+      if (i === pivot) head = tokenNode(found, i, shares, hit);
+      else if (i === found.peak || shares || (hit && place >= hit[0] && place < hit[1])) into.append(tokenNode(found, i, shares, hit));
       // Nothing to shade: plain text, so that a list of these stays light.
       else write(into, words[corpus.tokens[place]]);
     }
@@ -193,14 +194,9 @@
     if (corpusText) return corpusText;
     const lower = words.map((word) => word.toLowerCase());
     const ends = new Uint32Array(corpus.tokens.length);
-    const breaks = new Set(corpus.segments);
     const parts = [];
     let length = 0;
     for (let i = 0; i < corpus.tokens.length; i++) {
-      if (i && breaks.has(i)) {
-        parts.push("\u0000");
-        length += 1;
-      }
       const word = lower[corpus.tokens[i]];
       parts.push(word);
       length += word.length;
@@ -211,7 +207,8 @@
   }
 
   // For every feature whose contexts hold the phrase: the first such slot. Matches are found in the shared text once,
-  // then looked up window by window, so that 20,000 features take milliseconds.
+  // then looked up window by window, so that 20,000 features take milliseconds. The text is stored without its gaps; a
+  // match across a gap lies in no window.
   function searchContexts(phrase) {
     const { ends, text } = textIndex();
     const until = new Uint32Array(corpus.tokens.length); // a match begins in token i and ends before token until[i]
@@ -658,7 +655,7 @@
         item.style.setProperty("--share", Math.min(1, Math.abs(logits[offset + i]) / most));
         const chip = chipOf(word(i));
         chip.dataset.word = word(i);
-        item.append(chip, make("span", "number", digits(Number(logits[offset + i].toFixed(2)))));
+        item.append(chip, make("span", "number", logits[offset + i].toFixed(2).replace("-", "−")));
         items.append(item);
       }
       half.append(items);

@@ -1,0 +1,71 @@
+"""``apportion evaluate``: how good is a dictionary?"""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apportion.cli import options as given
+from apportion.cli.output import answer, metric_table, result_rows, show, tell
+
+
+def evaluate(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or of a dictionary that one has written.")
+    ],
+    loss: Annotated[
+        bool, typer.Option(help="Also run the model with the reconstruction in place of the activation.")
+    ] = True,
+    contexts: given.LossContexts = 64,
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Measure on these activations instead of the run's own.", show_default=False),
+    ] = None,
+    json: given.Json = False,
+    device: given.Device = "cpu",
+) -> None:
+    """Measure a dictionary on held-out documents, each figure with its standard error and its definition.
+
+    What is measured is what the dictionary does in use: every token alone, by calibrated thresholds.
+
+    Example: [cyan]apportion evaluate runs/first --contexts 128[/cyan]
+    """
+    from apportion.data.files import write_json
+    from apportion.features.run import evaluate_dictionary, open_run, reopen_store, spliced_loss
+    from apportion.models import load
+
+    started = time.perf_counter()
+    opened = open_run(run, device)
+    prepared = reopen_store(opened, store, device=device)
+    source = prepared.source
+    spliced = None
+    if loss:
+        spliced = spliced_loss(prepared, load(source.model, source.model_dtype, device), contexts)
+        if spliced is None:
+            tell(f"{source.model} predicts no next token, so it has no loss to recover")
+    evaluation = evaluate_dictionary(opened.sae, prepared, spliced, device=device)
+    # A quick look, or one at other text, must not replace what the run is known for.
+    if loss and store is None and (run / "run.json").exists():
+        write_json(run / "evaluation.json", evaluation)
+    if json:
+        from apportion.studies import machine
+
+        answer(
+            {
+                "command": "evaluate",
+                "run": str(run),
+                "seeds": [opened.settings["recipe"]["seed"]],
+                "rows": [row.as_dict() for row in result_rows(run.name, evaluation)],
+                "evaluation": evaluation,
+                "seconds": round(time.perf_counter() - started, 2),
+                "machine": machine(),
+            }
+        )
+        return
+    documents = evaluation["metrics"]["fvu"]["n"]
+    show(
+        metric_table(evaluation),
+        "",
+        f"{evaluation['tokens']:,} held-out tokens; standard errors over {documents} documents",
+    )

@@ -1,0 +1,96 @@
+"""The report of a run: gathers what ``apportion.report`` shows."""
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apportion.errors import InputError
+
+if TYPE_CHECKING:
+    from apportion.features.run import PreparedStore, TrainedRun
+    from apportion.models import LanguageModel
+    from apportion.report import Metric
+
+# Only what is added to the residual stream speaks the language of the unembedding.
+_SPEAKS_TOKENS = ("residual", "mlp_out", "attn_out", "embeddings")
+
+
+def write_run_report(
+    path: Path, run: "TrainedRun", prepared: "PreparedStore", lm: "LanguageModel", others: "Sequence[Metric]" = ()
+) -> Path:
+    """Write the HTML report of a run that was evaluated.
+
+    Args:
+        path: of the file.
+        run: with its evaluation.
+        prepared: its activations.
+        lm: the model they came from.
+        others: figures of other dictionaries, shown below the run's own.
+    """
+    from apportion.models import Site
+    from apportion.report import Metric, ZipfFit, build_report, token_texts, write_report
+
+    assert run.evaluation is not None
+    lens = lm.is_causal and Site.parse(prepared.source.site).kind in _SPEAKS_TOKENS
+    zipf = run.evaluation["zipf"]
+    # Its protocols ask for attributes that can be set, which properties and parameters are not to mypy.
+    dictionary: Any = run.sae
+    view: Any = prepared.test
+    data = build_report(
+        dictionary,
+        view,
+        title=f"{Path(prepared.source.model).name} · {prepared.source.site} · {_rule_of(run.settings['recipe'])}",
+        decode_tokens=token_texts(lm.tokenizer),
+        lm_unembedding=lm.unembedding()[0].float() if lens else None,
+        final_norm_weight=lm.final_norm_gain() if lens else None,
+        summary=_summary(run, prepared),
+        metrics=[
+            Metric(name, metric["value"], metric["stderr"], metric["n"], metric["definition"])
+            for name, metric in run.evaluation["metrics"].items()
+            if metric["value"] is not None
+        ]
+        + list(others),
+        history=[{name: value for name, value in record.items() if value is not None} for record in run.history()],
+        zipf=None if zipf is None else ZipfFit(zipf["exponent"], zipf["scale"], zipf["offset"]),
+        document_names=_document_names(prepared),
+    )
+    return write_report(path, data)
+
+
+def _rule_of(recipe: Mapping[str, Any]) -> str:
+    return str(recipe["rule"]["name"]) + (" (gated)" if recipe["gated"] else "")
+
+
+def _summary(run: "TrainedRun", prepared: "PreparedStore") -> dict[str, str | int | float]:
+    recipe, source = run.settings["recipe"], prepared.source
+    rule = {name: value for name, value in recipe["rule"].items() if name in ("k", "budget")}
+    return {
+        "model": source.model,
+        "site": source.site,
+        "rule": _rule_of(recipe),
+        "budget": next(iter(rule.values()), recipe["target_l0"] or "set by the penalty"),
+        "features": recipe["n_features"],
+        "text": source.text,
+        "training tokens": prepared.train.n_tokens,
+        "calibration tokens": prepared.calibration.n_tokens,
+        "test tokens": prepared.test.n_tokens,
+        "steps": recipe["steps"],
+        "tokens a step": recipe["batch_size"],
+        "seed": recipe["seed"],
+        "seconds of training": run.seconds,
+    }
+
+
+def _document_names(prepared: "PreparedStore") -> dict[int, str]:
+    """Names of the documents of the test part, as long as the text is still there."""
+    from apportion.data import corpus
+
+    if prepared.source.text.startswith("hf:"):
+        return {}
+    wanted = set(prepared.test.documents().tolist())
+    try:
+        documents = enumerate(islice(corpus(prepared.source.text), max(wanted) + 1))
+        return {number: document.name for number, document in documents if number in wanted}
+    except InputError:
+        return {}

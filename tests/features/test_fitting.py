@@ -1,0 +1,124 @@
+"""Fitting: every architecture learns, phases hand over, and an interrupted run ends like an undisturbed one."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from apportion.allocate import FeatureChoice, MutualChoice, Threshold, TokenChoice, Zipf
+from apportion.data import SyntheticDictionary
+from apportion.errors import InputError
+from apportion.features import LearnedThreshold, Phases, Recipe, fit_dictionary
+
+WORLD = SyntheticDictionary(d=16, n_true=32, mean_l0=3.0, seed=0)
+BASE = Recipe(
+    MutualChoice(3),
+    n_features=40,
+    steps=120,
+    batch_size=256,
+    learning_rate=1e-2,
+    phases=Phases(warmup_fraction=0, refresh_every=10),
+)
+
+
+def batches(step: int) -> torch.Tensor:
+    return WORLD.sample(256, seed=step).x
+
+
+def calibration() -> list[torch.Tensor]:
+    return [WORLD.sample(1000, seed=10**6 + part).x for part in range(4)]
+
+
+def fit(recipe: Recipe, **more):
+    return fit_dictionary(recipe, batches, 16, calibration=calibration, progress=False, **more)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "most"),
+    [
+        (replace(BASE, rule=TokenChoice(3)), 0.5),
+        (BASE, 0.4),
+        (replace(BASE, auxiliary="dead", dead_after=1000), 0.4),
+        (replace(BASE, rule=FeatureChoice(3, profile=Zipf())), 0.5),
+        (replace(BASE, rule=Threshold(0.0), target_l0=3.0, auxiliary="none"), 0.9),
+        (replace(BASE, rule=LearnedThreshold(), target_l0=3.0, auxiliary="none"), 0.9),
+        (replace(BASE, rule=Threshold(0.0), gated=True, target_l0=3.0, auxiliary="none"), 0.9),
+    ],
+    ids=["topk", "mutual+zipf", "mutual+dead", "feature", "relu", "jumprelu", "gated"],
+)
+def test_every_architecture_learns(recipe: Recipe, most: float) -> None:
+    sae, result = fit(recipe)
+    x = WORLD.sample(2000, seed=10**7).x
+    with torch.no_grad():
+        out = sae(x)
+    fvu = float((x - out.output).square().sum() / (x - x.mean(dim=0)).square().sum())
+    assert fvu < most
+    assert result.steps_done == recipe.steps
+    assert not sae.training
+    assert float(sae.input_scale) == 1.0
+    torch.testing.assert_close(sae.decoder_weight.detach().norm(dim=1), torch.ones(40))
+    if recipe.has_budget:
+        assert out.codes.nnz / 2000 == pytest.approx(3, rel=0.05)
+
+
+def test_the_penalty_is_steered_to_the_wanted_l0() -> None:
+    recipe = replace(BASE, rule=Threshold(0.0), target_l0=3.0, auxiliary="none", steps=400)
+    sae, _ = fit(recipe)
+    l0 = sae(WORLD.sample(2000, seed=10**7).x).codes.nnz / 2000
+    assert l0 == pytest.approx(3, rel=0.35)
+
+
+def test_feature_choice_takes_over_with_a_fitted_law_and_measured_ranks() -> None:
+    sae, _ = fit(replace(BASE, rule=FeatureChoice(3, profile=Zipf(exponent=7.0))))
+    exponent, _ = sae.zipf.tolist()
+    assert exponent != 7.0
+    assert int(sae.ledger.given.sum()) == 3 * 256 * (120 - 72)
+    assert not torch.equal(sae.share, sae.share.sort(descending=True).values)
+
+
+def test_feature_choice_from_the_start_ranks_by_index() -> None:
+    recipe = replace(
+        BASE, rule=FeatureChoice(3, profile=Zipf()), phases=Phases(warmup_fraction=0, mutual_fraction=0)
+    )
+    sae, _ = fit(recipe)
+    assert torch.equal(sae.share, sae.share.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("rule", [MutualChoice(3), FeatureChoice(3, profile=Zipf()), Threshold(0.0)])
+def test_paused_and_resumed_equals_undisturbed(rule, tmp_path) -> None:
+    recipe = replace(BASE, rule=rule, target_l0=3.0, steps=60)
+    whole, _ = fit(recipe, folder=tmp_path / "whole")
+    for stop in (13, 47):
+        _, result = fit_until(stop, recipe, tmp_path / "parts")
+        assert result.steps_done == stop
+    resumed, result = fit(recipe, folder=tmp_path / "parts")
+    assert result.resumed_from == 47
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]) or bool(tensor.isnan().all()), name
+
+
+def fit_until(stop: int, recipe: Recipe, folder):
+    """A run that pauses after some steps, as Ctrl-C would make it."""
+    return fit(recipe, folder=folder, stop_after=stop)
+
+
+def test_a_run_of_other_data_is_not_resumed(tmp_path) -> None:
+    recipe = replace(BASE, steps=20)
+    fit_until(5, recipe, tmp_path)
+    with pytest.raises(InputError, match="store"):
+        fit(recipe, folder=tmp_path, provenance={"store": "another"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": 0}, {"auxiliary": "magic"}, {"precision": "int4"}, {"target_l0": 41.0}, {"batch_size": 0}],
+)
+def test_recipes_that_cannot_work_are_refused(wrong: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        replace(BASE, **wrong)
+
+
+def test_silence_is_a_quarter_of_the_run_at_most_ten_million_tokens() -> None:
+    assert BASE.silence == 120 * 256 // 4
+    assert replace(BASE, steps=10**9).silence == 10_000_000
+    assert replace(BASE, dead_after=7).silence == 7
