@@ -27,7 +27,10 @@ peers: .venv/.peers ## add SAELens and sparsify, so that the tests of their form
 
 demo: venv ## harvest SmolLM2, train three dictionaries at equal budget, write demo/report.html
 	$(BIN)/apportion fetch smollm2
-	$(BIN)/python -m apportion demo --out demo
+	$(BIN)/apportion compare smollm2 --site layers.9.residual --text english --tokens 120000 --model-dtype auto \
+		--rules topk,mutual,feature --features 2304 --budget 32 --batch-size 2048 --steps 250 --learning-rate 3e-3 \
+		--seed 0 --out demo
+	@echo "open demo/report.html in a browser"
 
 test: venv ## run the tests with coverage (a single file: .venv/bin/pytest tests/test_import.py)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term

@@ -88,7 +88,7 @@ def test_standard_errors_are_those_of_a_ratio_over_documents(sae: SparseAutoenco
 
 
 def test_the_standard_error_covers_what_varies_between_documents() -> None:
-    """A check of the formula by simulation: 95 % intervals of a mean over unequal documents hold it about that often."""
+    """By simulation: 95 % intervals of a mean over unequal documents hold it about that often."""
     from apportion.features.evaluate import _Ratio
 
     generator = torch.Generator().manual_seed(0)

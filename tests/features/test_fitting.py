@@ -77,9 +77,7 @@ def test_feature_choice_takes_over_with_a_fitted_law_and_measured_ranks() -> Non
 
 
 def test_feature_choice_from_the_start_ranks_by_index() -> None:
-    recipe = replace(
-        BASE, rule=FeatureChoice(3, profile=Zipf()), phases=Phases(warmup_fraction=0, mutual_fraction=0)
-    )
+    recipe = replace(BASE, rule=FeatureChoice(3, profile=Zipf()), phases=Phases(warmup_fraction=0, mutual_fraction=0))
     sae, _ = fit(recipe)
     assert torch.equal(sae.share, sae.share.sort(descending=True).values)
 

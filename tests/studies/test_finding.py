@@ -48,7 +48,14 @@ def test_rows_carry_standard_errors() -> None:
 
 def test_findings_survive_json() -> None:
     finding = Finding(
-        "mutual_feature_choice", "c", [Row.of("a", "m", [1, 2])], [Comparison.positive("a", [1, 2])], [0, 1], 3.0, "here", "smoke"
+        "mutual_feature_choice",
+        "c",
+        [Row.of("a", "m", [1, 2])],
+        [Comparison.positive("a", [1, 2])],
+        [0, 1],
+        3.0,
+        "here",
+        "smoke",
     )
     content = finding.to_json()
     assert content["verdict"] == finding.verdict
@@ -63,7 +70,7 @@ def test_all_54_systems_are_listed_once(apportion_cache) -> None:
     states = {row["slug"]: row["verdict"] for row in rows}
     assert states["mutual_feature_choice"] == "not run"
     assert states["comet"] == "not built"
-    assert [each.slug for each in SYSTEMS][0] == "mutual_feature_choice"
+    assert SYSTEMS[0].slug == "mutual_feature_choice"
 
 
 def test_wrong_names_and_scales_are_refused_with_a_hint() -> None:
@@ -72,7 +79,7 @@ def test_wrong_names_and_scales_are_refused_with_a_hint() -> None:
     with pytest.raises(InputError, match="not built"):
         run("comet")
     with pytest.raises(InputError, match="scale"):
-        run("mutual_feature_choice", "enormous")  # type: ignore[arg-type]
+        run("mutual_feature_choice", "enormous")
 
 
 def test_the_smoke_study_runs_and_is_kept_but_is_no_result(apportion_cache, tmp_path) -> None:

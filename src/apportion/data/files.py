@@ -42,7 +42,7 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
 
 def explain_write_error(error: OSError, path: Path) -> Exception:
     """Turn what the operating system says about a failed write into a sentence with a remedy."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"the disk is full while writing {path}: free some space and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return InputError(f"cannot write {path} ({error.strerror}): choose a folder you may write to")
@@ -77,7 +77,9 @@ def read_json(path: Path | str) -> Any:
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): it may be damaged or not written by apportion") from error
+        raise InputError(
+            f"{path} is not readable JSON ({error}): it is damaged, or not written by apportion"
+        ) from error
 
 
 def _umask() -> int:

@@ -281,7 +281,7 @@ class SplicedLoss:
         chosen = np.unique(np.linspace(0, view.n_contexts - 1, min(contexts, view.n_contexts)).astype(int))
         parts = [view.contexts(int(each), int(each) + 1) for each in chosen]
         self.ids, _, self.valid, self.documents = (torch.cat(each) for each in zip(*parts, strict=True))
-        total = sum(part[1][part[2]].double().sum(dim=0) for part in parts)
+        total = torch.stack([part[1][part[2]].double().sum(dim=0) for part in parts]).sum(dim=0)
         self.mean = (total / max(int(self.valid.sum()), 1)).float()
         self.clean = self._losses(None)
         self.zero = self._losses(torch.zeros_like)

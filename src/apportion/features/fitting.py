@@ -111,7 +111,9 @@ class DictionaryObjective:
         recipe = self.recipe
         target = batch * sae.input_scale
         x = sae.centred(batch)
-        rule = recipe.phases.rule(recipe.rule, recipe.n_features, step, recipe.steps) if recipe.has_budget else None
+        rule = None
+        if not isinstance(recipe.rule, LearnedThreshold):
+            rule = recipe.phases.rule(recipe.rule, recipe.n_features, step, recipe.steps)
         self._refresh(sae, x, step)
         codes = sae.encode_centred(x, "batch", rule)
         output = sae.decode_scaled(codes)

@@ -69,11 +69,11 @@ def jump_relu(
     scores: Float[Tensor, "entries"], thresholds: Float[Tensor, "entries"], bandwidth: float
 ) -> Float[Tensor, "entries"]:
     """The score where it exceeds its threshold, else 0; equation 11 of the paper gives the threshold's gradient."""
-    return _JumpReLU.apply(scores, thresholds, bandwidth)  # type: ignore[no-any-return]
+    return _JumpReLU.apply(scores, thresholds, bandwidth)
 
 
 def step(
     scores: Float[Tensor, "entries"], thresholds: Float[Tensor, "entries"], bandwidth: float
 ) -> Float[Tensor, "entries"]:
     """1 where a score exceeds its threshold, with the pseudo-derivative of equation 12; summed, it is the L0."""
-    return _Step.apply(scores, thresholds, bandwidth)  # type: ignore[no-any-return]
+    return _Step.apply(scores, thresholds, bandwidth)

@@ -21,7 +21,7 @@ def rule_to_dict(rule: Rule | LearnedThreshold) -> dict[str, Any]:
         if isinstance(rule.theta, torch.Tensor):
             return {"name": "Threshold", "theta": rule.theta.tolist()}
         return {"name": "Threshold", "theta": rule.theta}
-    content = {"name": type(rule).__name__, **asdict(rule)}  # type: ignore[call-overload]
+    content = {"name": type(rule).__name__, **asdict(rule)}  # type: ignore[arg-type]
     if isinstance(rule, FeatureChoice):
         content["profile"] = {"name": type(rule.profile).__name__, **asdict(rule.profile)}
     return content
@@ -42,4 +42,4 @@ def rule_from_dict(content: dict[str, Any]) -> Rule | LearnedThreshold:
         arguments["profile"] = _PROFILES[profile.pop("name")](**profile)
     if isinstance(arguments.get("theta"), list):
         arguments["theta"] = torch.tensor(arguments["theta"])
-    return _BY_CLASS[name](**arguments)  # type: ignore[no-any-return]
+    return _BY_CLASS[name](**arguments)

@@ -26,14 +26,15 @@ from apportion.features.evaluate import SplicedLoss, evaluate_reconstruction
 from apportion.models import ActivationStore, LanguageModel, Site, cache_dir, harvest, load
 from apportion.models.activations import StoreView
 from apportion.report import plots
+from apportion.report.data import ZipfFit as LawToDraw
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
 from apportion.studies.progress import Steps, steps_shown
 from apportion.studies.run import machine
 
 CLAIM = (
     "At equal mean L0, Mutual Choice reconstructs better and recovers more of the model's loss than Token Choice "
-    "(TopK); Feature Choice with Zipf quotas leaves no feature dead; aux_zipf_loss leaves fewer features underused than "
-    "aux_k_loss."
+    "(TopK); Feature Choice with Zipf quotas leaves no feature dead; aux_zipf_loss leaves fewer features underused "
+    "than aux_k_loss."
 )
 BASELINE = (
     "TopK (Token Choice) dictionaries at the same budget, width, steps and data, learning rate tuned on the same grid"
@@ -441,7 +442,7 @@ def _density_plot(densities: dict[str, Tensor], fits: dict[str, ZipfFit], where:
         path = plots.density_rank(
             Path(folder) / "density.svg",
             {name: density.numpy() for name, density in densities.items()},
-            {name: plots.ZipfFit(fit.exponent, fit.scale, fit.offset) for name, fit in fits.items()},
+            {name: LawToDraw(fit.exponent, fit.scale, fit.offset) for name, fit in fits.items()},
             title=f"Feature density by rank, {where}",
         )
         return path.read_text(encoding="utf-8")

@@ -49,7 +49,7 @@ class Entry:
         if not self.built:
             ready = ", ".join(entry.slug for entry in SYSTEMS if entry.built)
             raise InputError(f"{self.slug} ({self.paper}) is not built yet; these are: {ready}")
-        return importlib.import_module(f"apportion.studies.{self.slug}")  # type: ignore[return-value]
+        return importlib.import_module(f"apportion.studies.{self.slug}")
 
 
 _PAPERS = {

@@ -15,7 +15,7 @@ from apportion.studies.registry import SYSTEMS, entry
 SCALES: tuple[Scale, ...] = ("smoke", "default", "long", "gpu")
 
 
-def run(slug: str, scale: Scale = "default", seeds: list[int] | int = 3, progress: bool = True) -> Finding:
+def run(slug: str, scale: Scale | str = "default", seeds: list[int] | int = 3, progress: bool = True) -> Finding:
     """Run a study and keep its finding in the cache.
 
     Args:
