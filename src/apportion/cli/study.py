@@ -47,7 +47,7 @@ def study(
 
         with about("--docs"):
             check_writable(docs)
-    finding = studies.run(slug, scale, list(range(seed, seed + seeds)), True)  # type: ignore[arg-type]
+    finding = studies.run(slug, scale, list(range(seed, seed + seeds)), True)
     if write:
         tell(f"wrote {_write(docs)}")
     if json:

@@ -61,8 +61,8 @@ class SparseAutoencoder(nn.Module):
     """A dictionary of ``n_features`` directions, of which each input uses few.
 
     ``rule`` decides which: ``TokenChoice(k)`` is a TopK dictionary, ``MutualChoice(budget)`` a Mutual Choice
-    (BatchTopK) one, ``FeatureChoice(budget, profile)`` a Feature Choice one, ``Threshold(0.0)`` a ReLU one (train it with
-    an L1 penalty), ``LearnedThreshold()`` a JumpReLU one; ``gated=True`` with ``Threshold(0.0)`` is a Gated one.
+    (BatchTopK) one, ``FeatureChoice(budget, profile)`` a Feature Choice one, ``Threshold(0.0)`` a ReLU one (train it
+    with an L1 penalty), ``LearnedThreshold()`` a JumpReLU one; ``gated=True`` with ``Threshold(0.0)`` is a Gated one.
 
     In training mode the rule looks at the batch. In evaluation mode a token's code depends on the token alone, bit for
     bit on the CPU: batch rules use thresholds, which ``calibrate`` sets exactly (until then a running estimate serves).
