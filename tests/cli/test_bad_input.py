@@ -235,7 +235,7 @@ def test_a_full_disk_loses_nothing(option, small_disk, typed, tiny_llama, text, 
     assert done.read_bytes() == (finished / "dictionary" / "model.safetensors").read_bytes()
 
 
-def test_a_limit_on_file_sizes_is_told_like_a_full_disk(typed, tiny_llama, text, tmp_path):
+def test_a_limit_on_file_sizes_is_told_with_its_remedy(typed, tiny_llama, text, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -245,7 +245,7 @@ def test_a_limit_on_file_sizes_is_told_like_a_full_disk(typed, tiny_llama, text,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    _refused(outcome, "File too large", "run the same command again", code=1)
+    _refused(outcome, "file-size limit", "run the same command again")
 
 
 def test_the_real_program_leaves_with_the_code_and_without_a_traceback(tmp_path):

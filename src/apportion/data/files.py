@@ -42,8 +42,10 @@ def write_atomically(path: Path | str) -> Iterator[Path]:
 
 def explain_write_error(error: OSError, path: Path) -> Exception:
     """Turn what the operating system says about a failed write into a sentence with a remedy."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return InputError(f"the disk is full while writing {path}: free some space and run the same command again")
+    if error.errno == errno.EFBIG:
+        return InputError(f"{path} would pass the file-size limit: raise it (ulimit -f) and run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return InputError(f"cannot write {path} ({error.strerror}): choose a folder you may write to")
     return error

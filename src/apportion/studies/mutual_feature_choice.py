@@ -387,12 +387,20 @@ class _Bench:
         return evaluate_reconstruction(self.fit(recipe), self.calibration, device=self.size.device).metrics["fvu"].value
 
     def measure(self, recipe: Recipe) -> tuple[dict[str, float], Tensor, ZipfFit | None]:
-        """All figures of a recipe."""
+        """All figures of a recipe.
+
+        Thresholds calibrated on other documents give the L0 that a user gets. For the comparison at equal budget they
+        are then calibrated on the test text itself, which fixes its mean L0 and nothing else: a few per cent of L0
+        between documents would otherwise decide differences of a few per cent in FVU.
+        """
         sae = self.fit(recipe)
+        l0_as_used = evaluate_reconstruction(sae, self.test, device=self.size.device).metrics["l0"].value
+        sae.calibrate((part.to(self.size.device) for part in _in_batches(self.test)), self.test.n_tokens)
         evaluation = evaluate_reconstruction(sae, self.test, device=self.size.device)
         loss = self.spliced.evaluate(sae)
         mean_density = self.size.budget / self.size.n_features
         figures = {name: evaluation.metrics[name].value for name in ("fvu", "l0", "cossim", "dead")}
+        figures["l0, thresholds of other documents"] = l0_as_used
         figures |= {name: loss[name].value for name in ("ce_loss_score", "ce_loss_score_mean", "ce_increase")}
         figures["underused"] = float((evaluation.density < mean_density / 32).float().mean())
         if evaluation.zipf is not None:
@@ -422,7 +430,7 @@ def _model_claims(size: _Real, measured: Measured) -> list[Comparison]:
     claims += [
         (
             f"{size.model}: {name}'s L0 on held-out text is within 5 % of the budget",
-            0.05 - (of(name, "l0") / size.budget - 1).abs(),
+            0.05 - (of(name, "l0, thresholds of other documents") / size.budget - 1).abs(),
         )
         for name in (mutual, feature)
     ]
