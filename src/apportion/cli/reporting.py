@@ -34,12 +34,11 @@ def write_run_report(
     assert run.evaluation is not None
     lens = lm.is_causal and Site.parse(prepared.source.site).kind in _SPEAKS_TOKENS
     zipf = run.evaluation["zipf"]
-    # Its protocols ask for attributes that can be set, which properties and parameters are not to mypy.
-    dictionary: Any = run.sae
-    view: Any = prepared.test
+    # Examples come from all of the text; what judges the dictionary, from the held-out part alone.
     data = build_report(
-        dictionary,
-        view,
+        run.sae,
+        prepared.store,
+        held_out=prepared.test,
         title=f"{Path(prepared.source.model).name} · {prepared.source.site} · {_rule_of(run.settings['recipe'])}",
         decode_tokens=token_texts(lm.tokenizer),
         lm_unembedding=lm.unembedding()[0].float() if lens else None,
@@ -83,12 +82,12 @@ def _summary(run: "TrainedRun", prepared: "PreparedStore") -> dict[str, str | in
 
 
 def _document_names(prepared: "PreparedStore") -> dict[int, str]:
-    """Names of the documents of the test part, as long as the text is still there."""
+    """Names of the documents, as long as the text is still there."""
     from apportion.data import corpus
 
     if prepared.source.text.startswith("hf:"):
         return {}
-    wanted = set(prepared.test.documents().tolist())
+    wanted = set(prepared.store.documents().tolist())
     try:
         documents = enumerate(islice(corpus(prepared.source.text), max(wanted) + 1))
         return {number: document.name for number, document in documents if number in wanted}

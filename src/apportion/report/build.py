@@ -40,6 +40,7 @@ def build_report(
     zipf: ZipfFit | None = None,
     labels: Mapping[int, str] | None = None,
     document_names: Mapping[int, str] | None = None,
+    held_out: ContextView | None = None,
     difficulty_contexts: int = 64,
     progress: bool = True,
     **context_settings: Any,
@@ -48,7 +49,7 @@ def build_report(
 
     Args:
         sae: the dictionary, used in evaluation (threshold) mode.
-        view: held-out contexts with their activations.
+        view: the contexts to pick examples from; the more, the better the examples.
         title: heading of the report.
         decode_tokens: one text for each token id given; `token_texts` makes one from a transformers tokenizer.
         lm_unembedding: the model's output embedding; None leaves the logit lens out.
@@ -59,7 +60,8 @@ def build_report(
         zipf: law fitted to the densities.
         labels: what features are called.
         document_names: names of the documents by number.
-        difficulty_contexts: contexts for error by token difficulty, spread over the view; 0 leaves it out.
+        held_out: contexts that were not trained on, for error by token difficulty; default ``view``.
+        difficulty_contexts: how many of them, spread evenly; 0 leaves it out.
         progress: show a progress bar when the error stream is a terminal.
         context_settings: further arguments of `collect_contexts`.
 
@@ -84,7 +86,9 @@ def build_report(
         metrics=metrics,
         history=history,
         zipf=zipf,
-        error_by_difficulty=error_by_difficulty(sae, view, contexts=difficulty_contexts)
+        error_by_difficulty=error_by_difficulty(
+            sae, view if held_out is None else held_out, contexts=difficulty_contexts
+        )
         if difficulty_contexts
         else None,
         lens=lens,
