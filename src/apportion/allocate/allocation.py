@@ -21,7 +21,7 @@ class Allocation:
         values: what it won with; differentiable, [entries].
         shape: (rows, columns).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from apportion.allocate import MutualChoice
         >>> allocation = MutualChoice(budget=1.5)(torch.tensor([[0.1, 0.9, 0.8], [0.3, 0.2, 0.7]]))

@@ -155,7 +155,7 @@ class TokenChoice(_Selecting):
         budget: whole number of winners of every row, at most the number of columns.
         density: instead, the share of the columns, rounded down (at least one).
 
-    Example:
+    Examples:
         >>> import torch
         >>> TokenChoice(2)(torch.tensor([[1.0, 3.0, 2.0]])).col_indices
         tensor([1, 2])

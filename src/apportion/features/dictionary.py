@@ -78,7 +78,7 @@ class SparseAutoencoder(nn.Module):
     Raises:
         InputError: sizes below 1, or a budget that exceeds ``n_features``.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from apportion import MutualChoice, SparseAutoencoder
         >>> sae = SparseAutoencoder(d_in=16, n_features=64, rule=MutualChoice(budget=4))
