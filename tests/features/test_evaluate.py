@@ -165,3 +165,17 @@ def _activations(lm, site: Site, ids: Tensor) -> Tensor:
     from apportion.models import capture
 
     return capture(lm, [site], ids)[site].float()
+
+
+def test_a_giant_token_counts_in_fvu_but_not_without_sinks(sae: SparseAutoencoder) -> None:
+    text = Text()
+    text.activations[tuple(text.valid.nonzero()[0])] *= 100
+    x = text.activations[text.valid]
+    with torch.no_grad():
+        error = (x - sae(x).output).square().sum(dim=1)
+    distance = (x - x.mean(dim=0)).square().sum(dim=1)
+    found = evaluate_reconstruction(sae, text).metrics
+    assert found["fvu"].value == pytest.approx(float(error.sum() / distance.sum()), rel=1e-5)
+    assert found["fvu_without_sinks"].value == pytest.approx(float(error[1:].sum() / distance[1:].sum()), rel=1e-5)
+    assert found["fvu_without_sinks"].value != pytest.approx(found["fvu"].value, rel=0.1)
+    assert "the 1 tokens" in found["fvu_without_sinks"].definition

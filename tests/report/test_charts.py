@@ -4,8 +4,10 @@ import re
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 
-from apportion.report import ErrorByDifficulty, ZipfFit
+from apportion.features import ZipfFit
+from apportion.report import ErrorByDifficulty
 from apportion.report.charts import density_chart, difficulty_charts, training_charts, winners_chart
 
 
@@ -14,8 +16,8 @@ def parsed(svg: str) -> ElementTree.Element:
 
 
 def test_a_density_that_is_the_law_lies_on_the_law():
-    law = ZipfFit(0.9, 0.2, 3.0)
-    chart = density_chart(law.density(np.arange(1.0, 1000.0)), law)
+    law = ZipfFit(exponent=0.9, offset=3.0, scale=0.2, r_squared=0.99)
+    chart = density_chart(law.expected(torch.arange(1.0, 1000.0, dtype=torch.float64)).numpy(), law)
     line = parsed(chart.svg).find("polyline[@class='law']").get("points").split()
     dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in parsed(chart.svg).iter("circle")]
     assert len(dots) > 50

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from apportion.report import ResultRow, ZipfFit
+from apportion.features import ZipfFit
+from apportion.report import ResultRow
 from apportion.report.plots import ParetoPoint, bars_with_errors, density_rank, pareto, training_curves
 
 ROWS = [ResultRow(name, metric, 0.2, 0.02, 3) for name in ("TokenChoice", "MutualChoice") for metric in ("FVU", "dead")]
+LAW = ZipfFit(exponent=1.0, offset=0.0, scale=0.3, r_squared=0.99)
 DENSITY = np.concatenate([0.3 / np.arange(1, 200), np.zeros(20)])
 POINTS = [ParetoPoint(series, cost, cost / 50, 1.0, 0.05) for series in ("a", "b") for cost in (16, 32, 64)]
 HISTORY = [{"step": step, "loss": 1 / (step + 1)} for step in range(50)]
@@ -14,7 +16,7 @@ HISTORY = [{"step": step, "loss": 1 / (step + 1)} for step in range(50)]
 DRAWN = {
     "bars": lambda path: bars_with_errors(path, ROWS, title="Equal budget"),
     "one-bar": lambda path: bars_with_errors(path, ROWS[:1]),
-    "density": lambda path: density_rank(path, {"mutual": DENSITY}, {"mutual": ZipfFit(1.0, 0.3)}),
+    "density": lambda path: density_rank(path, {"mutual": DENSITY}, {"mutual": LAW}),
     "pareto": lambda path: pareto(path, POINTS, cost="mean L0", quality="loss recovered", log_cost=True),
     "curves": lambda path: training_curves(path, {"a": HISTORY, "b": HISTORY}, ["loss"]),
 }

@@ -3,7 +3,18 @@
 import pytest
 
 from apportion.errors import InputError
-from apportion.studies import SYSTEMS, Comparison, Finding, Row, all_studies, entry, last_finding, overall, run
+from apportion.studies import (
+    SYSTEMS,
+    Comparison,
+    Finding,
+    Row,
+    all_studies,
+    by_condition,
+    entry,
+    last_finding,
+    overall,
+    run,
+)
 from apportion.studies.run import write_results
 
 
@@ -44,6 +55,18 @@ def test_the_overall_verdict_needs_all_and_ignores_supplements() -> None:
 def test_rows_carry_standard_errors() -> None:
     assert Row.of("x", "y", [1.0, 3.0]).stderr == pytest.approx(1.0)
     assert Row.of("x", "y", [1.0]).stderr is None
+
+
+def test_conditions_show_their_methods_side_by_side() -> None:
+    rows = [
+        Row("a: b: mine", "fvu", 0.1, None, 1),
+        Row("a: b: theirs", "fvu", 0.2, None, 1),
+        Row("bare", "l0", 3, None, 1),
+    ]
+    assert by_condition(rows) == {
+        "a: b": [Row("fvu", "mine", 0.1, None, 1), Row("fvu", "theirs", 0.2, None, 1)],
+        "": [Row("l0", "bare", 3, None, 1)],
+    }
 
 
 def test_findings_survive_json() -> None:

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
+from apportion.features import ZipfFit
 from apportion.features.contexts import FeatureContexts
 from apportion.features.geometry import NearestFeatures
 from apportion.features.logit_lens import LogitLens
-from apportion.report import ErrorByDifficulty, Metric, ReportData, ZipfFit
+from apportion.report import ErrorByDifficulty, Metric, ReportData
 
 TOP, QUANTILES, PER_QUANTILE, WIDTH, LENGTH = 4, 2, 2, 9, 16
 
@@ -61,7 +62,7 @@ def made_up_report(n_features: int, words: list[str], **changes: Any) -> ReportD
         "summary": {"model": "none", "features": n_features, "budget": 32.0},
         "metrics": [Metric("FVU", 0.1234, 0.0021, 12, "Fraction of variance unexplained; lower is better.")],
         "history": [{"step": step, "loss": 1 / (step + 1), "l0": 32.0} for step in range(0, 100, 5)],
-        "zipf": ZipfFit(1.0, 0.4, 2.0),
+        "zipf": ZipfFit(exponent=1.0, offset=2.0, scale=0.4, r_squared=0.99),
         "error_by_difficulty": ErrorByDifficulty("a guess", groups, groups / 20, groups * 60, groups),
         "lens": LogitLens(tokens, logits, tokens[:, ::-1].copy(), -logits),
         "nearest": NearestFeatures(

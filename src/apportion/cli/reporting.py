@@ -28,8 +28,9 @@ def write_run_report(
         lm: the model they came from.
         others: figures of other dictionaries, shown below the run's own.
     """
+    from apportion.features import ZipfFit
     from apportion.models import Site
-    from apportion.report import Metric, ZipfFit, build_report, token_texts, write_report
+    from apportion.report import Metric, build_report, token_texts, write_report
 
     assert run.evaluation is not None
     lens = lm.is_causal and Site.parse(prepared.source.site).kind in _SPEAKS_TOKENS
@@ -51,7 +52,7 @@ def write_run_report(
         ]
         + list(others),
         history=[{name: value for name, value in record.items() if value is not None} for record in run.history()],
-        zipf=None if zipf is None else ZipfFit(zipf["exponent"], zipf["scale"], zipf["offset"]),
+        zipf=None if zipf is None else ZipfFit(**zipf),
         document_names=_document_names(prepared),
     )
     return write_report(path, data)

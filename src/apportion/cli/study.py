@@ -79,6 +79,7 @@ def _show(finding: Any) -> None:
     from rich.text import Text
 
     from apportion.report import ResultRow, result_table
+    from apportion.studies import by_condition
 
     claims = Table(box=None, pad_edge=False, header_style="bold")
     claims.add_column("claim")
@@ -88,8 +89,10 @@ def _show(finding: Any) -> None:
         counted = "" if each.part_of_verdict else " (not counted)"
         interval = f"{each.low:.4g} to {each.high:.4g}"
         claims.add_row(Text(each.claim + counted), f"{each.mean:.4g}", interval, str(each.n), each.verdict)
-    rows = [ResultRow(row.name, row.metric, row.mean, row.stderr, row.n) for row in finding.rows]
-    show(Text(finding.claim), "", claims, "", result_table(rows), "")
+    show(Text(finding.claim), "", claims, "")
+    for condition, rows in by_condition(finding.rows).items():
+        cells = [ResultRow(row.name, row.metric, row.mean, row.stderr, row.n) for row in rows]
+        show(result_table(cells, title=condition), "")
     show(*(Text(f"- {note}") for note in finding.notes))
     show(
         Text(f"{finding.slug}: {finding.verdict}", style="bold"),

@@ -5,6 +5,10 @@ Names and definitions are those of SAELens 6 and SAEBench's core evaluation wher
 ``1 - explained_variance``: squared error over squared distance from the mean of all evaluated tokens, summed over
 dimensions.
 
+``fvu_without_sinks`` is the same over the tokens whose norm is at most 4 times the median. A few tokens, attention
+sinks mostly, are many times as large as all others, and rare enough to be missing from the training text; squared
+error lets one of them outweigh a thousand others (Sun et al. 2024, *Massive Activations*, arXiv 2402.17762).
+
 Standard errors treat documents as the independent units (tokens of one document are alike): a figure is a ratio of two
 sums over documents, and its error is that of the linearised ratio, ``sqrt(n / (n - 1) * sum((A_i - r B_i)^2)) / sum B``
 (Cochran, *Sampling Techniques*, section 6.4). With a single document it is not defined and given as None.
@@ -27,6 +31,7 @@ from apportion.models import LanguageModel, Site, splice
 
 _CONTEXTS_AT_ONCE = 16
 _DIFFICULTY_GROUPS = 10
+_SINK = 4.0  # times the median norm; the norms of other tokens stay well below twice the median
 
 
 @runtime_checkable
@@ -157,11 +162,12 @@ def _evaluate(
     underused_cut: float,
     device: str | torch.device,
 ) -> Evaluation:
-    mean, tokens = _mean(view, max_contexts)
-    names = ("fvu", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias", "l0", "l1")
+    mean, median_norm, tokens = _first_look(view, max_contexts)
+    names = ("fvu", "fvu_without_sinks", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias", "l0", "l1")
     ratios = {name: _Ratio() for name in names}
     fired = torch.zeros(sae.n_features, dtype=torch.int64)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    sinks = 0
     for x_cpu, documents in _batches(view, max_contexts):
         x = x_cpu.to(device)
         out = sae(x)
@@ -172,6 +178,9 @@ def _evaluate(
         l0 = out.codes.winners_per_row().cpu()
         l1 = torch.zeros(x.shape[0]).index_add_(0, out.codes.row_indices().cpu(), out.codes.values.cpu())
         ratios["fvu"].add(documents, error, distance)
+        usual = norm_in <= _SINK * median_norm
+        sinks += int((~usual).sum())
+        ratios["fvu_without_sinks"].add(documents, error * usual, distance * usual)
         ratios["mse"].add(documents, error)
         ratios["cossim"].add(documents, inner / (norm_in * norm_out).clamp(min=1e-12))
         ratios["l2_ratio"].add(documents, norm_out / norm_in.clamp(min=1e-4))
@@ -184,6 +193,9 @@ def _evaluate(
     density = fired / tokens
     metrics = {
         "fvu": ratios["fvu"].metric("fvu", "squared error / squared distance from the mean; 0 is perfect"),
+        "fvu_without_sinks": ratios["fvu_without_sinks"].metric(
+            "fvu_without_sinks", f"fvu without the {sinks} tokens whose norm exceeds {_SINK:g} x the median"
+        ),
         "explained_variance": ratios["fvu"].metric("explained_variance", "1 - fvu", lambda value: 1 - value),
         "mse": ratios["mse"].metric("mse", "squared error per token, summed over dimensions"),
         "cossim": ratios["cossim"].metric("cossim", "mean cosine of activation and reconstruction"),
@@ -247,14 +259,16 @@ def _batches(view: Contexts, max_contexts: int | None) -> Iterator[tuple[Tensor,
             yield activations[valid], documents.unsqueeze(1).expand_as(valid)[valid]
 
 
-def _mean(view: Contexts, max_contexts: int | None) -> tuple[Float[Tensor, "d"], int]:
-    total, tokens = torch.zeros(()), 0
+def _first_look(view: Contexts, max_contexts: int | None) -> tuple[Float[Tensor, "d"], float, int]:
+    """Mean activation, median norm and number of the tokens."""
+    total, norms = torch.zeros(()), []
     for x, _ in _batches(view, max_contexts):
         total = total + x.double().sum(dim=0)
-        tokens += x.shape[0]
-    if tokens == 0:
+        norms.append(x.norm(dim=1))
+    if not norms:
         raise InputError("there are no held-out tokens to evaluate on: harvest more text, or hold out more of it")
-    return (total / tokens).float(), tokens
+    norm = torch.cat(norms)
+    return (total / norm.numel()).float(), float(norm.median()), norm.numel()
 
 
 # --- what the model loses when the reconstruction takes the activation's place ---------------------------------------

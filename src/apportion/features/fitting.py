@@ -203,6 +203,7 @@ def fit_dictionary(
     d_in: int,
     *,
     calibration: Callable[[], Iterable[Float[Tensor, "tokens d"]]] | None = None,
+    start_from: Callable[[SparseAutoencoder], None] | None = None,
     folder: Path | str | None = None,
     provenance: dict[str, Any] | None = None,
     device: str | torch.device = "cpu",
@@ -218,6 +219,8 @@ def fit_dictionary(
         d_in: their width.
         calibration: gives batches of held-out activations for the inference thresholds; without it the running
             estimates of training serve.
+        start_from: changes the initialised dictionary before the first step, say to the directions of another one. Name
+            it in ``provenance`` if the run has a folder.
         folder: for checkpoints and logs; an interrupted run in it is resumed. None keeps nothing on disk.
         provenance: what else decides the weights (the data); a run that was trained on something else is not resumed.
         device: where to train.
@@ -232,6 +235,8 @@ def fit_dictionary(
     sae = SparseAutoencoder(d_in, recipe.n_features, recipe.rule, gated=recipe.gated, seed=recipe.seed)
     sae.precision = recipe.precision
     sae.initialise_from(batches(0))
+    if start_from is not None:
+        start_from(sae)
     sae.to(device)
     on_device: Batches = batches if str(device) == "cpu" else lambda step: batches(step).to(device)
     result = train(

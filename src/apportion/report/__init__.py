@@ -5,7 +5,7 @@
 """
 
 from apportion.report.build import build_report, error_by_difficulty, token_texts
-from apportion.report.data import ErrorByDifficulty, Metric, ReportData, ZipfFit
+from apportion.report.data import ErrorByDifficulty, Metric, ReportData
 from apportion.report.html import write_report
 from apportion.report.tables import ResultRow, format_with_error, result_markdown, result_table
 
@@ -14,7 +14,6 @@ __all__ = [
     "Metric",
     "ReportData",
     "ResultRow",
-    "ZipfFit",
     "build_report",
     "error_by_difficulty",
     "format_with_error",

@@ -11,7 +11,8 @@ from torch import Tensor
 from apportion.features.contexts import ContextView, SparseEncoder, collect_contexts
 from apportion.features.geometry import nearest_features
 from apportion.features.logit_lens import logit_lens
-from apportion.report.data import ErrorByDifficulty, Metric, ReportData, ZipfFit
+from apportion.features.mutual_feature_choice import ZipfFit
+from apportion.report.data import ErrorByDifficulty, Metric, ReportData
 
 
 @runtime_checkable

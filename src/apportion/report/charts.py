@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
-from apportion.report.data import ErrorByDifficulty, ZipfFit
+from apportion.features.mutual_feature_choice import ZipfFit
+from apportion.report.data import ErrorByDifficulty
 
 _MOST_CURVE_POINTS = 240
 
@@ -69,7 +71,7 @@ def density_chart(density: Float[np.ndarray, " features"], zipf: ZipfFit | None)
     )
     inside = ""
     if zipf is not None:
-        law = zipf.density(x)
+        law = zipf.expected(torch.from_numpy(x)).numpy()
         visible = (law >= plot.y_range[0]) & (law <= plot.y_range[1])
         inside += plot.line(x[visible], law[visible], "law")
     inside += plot.dots(
@@ -80,7 +82,7 @@ def density_chart(density: Float[np.ndarray, " features"], zipf: ZipfFit | None)
     note = f"{len(ordered):,} of {len(density):,} features fired."
     if zipf is not None:
         shift = f" + {zipf.offset:g}" if zipf.offset else ""
-        note += f" Dashed: the fitted Zipf law, density ∝ (rank{shift})^−{zipf.alpha:.2f}."
+        note += f" Dashed: the fitted Zipf law, density ∝ (rank{shift})^−{zipf.exponent:.2f}."
     return Chart("Feature density by rank", note, plot.drawn(inside, x_label="rank", y_label="share of tokens"))
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from apportion.features.contexts import FeatureContexts
 from apportion.features.geometry import NearestFeatures
 from apportion.features.logit_lens import LogitLens
+from apportion.features.mutual_feature_choice import ZipfFit
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,6 @@ class Metric:
     stderr: float | None = None
     n: int | None = None
     help: str = ""
-
-
-@dataclass(frozen=True)
-class ZipfFit:
-    """Density of the feature of rank r (1 = densest): ``coefficient * (r + offset) ** -alpha``."""
-
-    alpha: float
-    coefficient: float
-    offset: float = 0.0
-
-    def density(self, rank: Float[np.ndarray, " ranks"]) -> Float[np.ndarray, " ranks"]:
-        """The law's density at each rank."""
-        return self.coefficient * (rank + self.offset) ** -self.alpha
 
 
 @dataclass(frozen=True)

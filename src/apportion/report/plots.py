@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 
 from apportion.data.files import write_atomically
-from apportion.report.data import ZipfFit
+from apportion.features.mutual_feature_choice import ZipfFit
 from apportion.report.tables import ResultRow
 
 if TYPE_CHECKING:
@@ -100,9 +101,9 @@ def density_rank(
             dead = len(density) - len(ordered)
             panel.plot(ranks, ordered, color=colour, label=f"{name} ({dead:,} dead)" if dead else name)
             if fits and name in fits and len(ordered):
-                law = fits[name].density(ranks.astype(np.float64))
+                law = fits[name].expected(torch.arange(1, len(ordered) + 1, dtype=torch.float64)).numpy()
                 visible = law >= ordered[-1] / 3
-                label = f"Zipf, exponent {fits[name].alpha:.2f}"
+                label = f"Zipf, exponent {fits[name].exponent:.2f}"
                 panel.plot(ranks[visible], law[visible], "--", color=colour, linewidth=1.1, alpha=0.8, label=label)
         panel.set(xscale="log", yscale="log", xlabel="rank of the feature", ylabel="share of tokens")
         panel.legend(loc="lower left")

@@ -50,7 +50,9 @@ def result_table(rows: Sequence[ResultRow], title: str = "") -> "Table":
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for metric in metrics:
-        table.add_column(Text(metric), justify="right", no_wrap=True)
+        # Headings may wrap, numbers may not.
+        widest = max(len(cells.get((name, metric), "–")) for name in names)
+        table.add_column(Text(metric), justify="right", min_width=widest)
     for name in names:
         # Text rather than str: a name such as "[red]" is a name, not markup.
         table.add_row(Text(name), *(Text(cells.get((name, metric), "–")) for metric in metrics))

@@ -1,6 +1,6 @@
 """One study a published system: its claim, measured against its baseline at equal budget, with a computed verdict."""
 
-from apportion.studies.finding import Comparison, Finding, Row, overall
+from apportion.studies.finding import Comparison, Finding, Row, by_condition, overall
 from apportion.studies.registry import SYSTEMS, Entry, entry
 from apportion.studies.run import all_studies, last_finding, machine, run, write_results
 
@@ -11,6 +11,7 @@ __all__ = [
     "Finding",
     "Row",
     "all_studies",
+    "by_condition",
     "entry",
     "last_finding",
     "machine",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -143,6 +143,18 @@ class Finding:
             for each in content["comparisons"]
         ]
         return cls(**arguments)
+
+
+def by_condition(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of each condition (what stands before the first colon of a name), turned to show methods side by side.
+
+    In the result ``name`` is the metric and ``metric`` the method, so that a table of it has a line a metric.
+    """
+    conditions: dict[str, list[Row]] = {}
+    for row in rows:
+        condition, _, method = row.name.rpartition(": ")
+        conditions.setdefault(condition, []).append(replace(row, name=row.metric, metric=method))
+    return conditions
 
 
 def collect_rows(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Row]:

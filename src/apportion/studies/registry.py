@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from apportion.errors import InputError
 from apportion.studies.finding import Finding, Scale
+from apportion.studies.workbench import Workbench
 
 
 @runtime_checkable
@@ -16,7 +17,7 @@ class Study(Protocol):
     CLAIM: str
     BASELINE: str
 
-    def run(self, scale: Scale, seeds: list[int], progress: bool) -> Finding:
+    def run(self, scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
         """Measure."""
         ...
 

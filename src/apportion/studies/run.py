@@ -9,14 +9,18 @@ import torch
 from apportion.data.files import read_json, write_atomically, write_json
 from apportion.errors import InputError
 from apportion.models import cache_dir
-from apportion.studies.finding import Finding, Scale
+from apportion.report import ResultRow, result_markdown
+from apportion.studies.finding import Finding, Scale, by_condition
 from apportion.studies.registry import SYSTEMS, entry
+from apportion.studies.workbench import workbench
 
 SCALES: tuple[Scale, ...] = ("smoke", "default", "long", "gpu")
 
 
 def run(slug: str, scale: Scale | str = "default", seeds: list[int] | int = 3, progress: bool = True) -> Finding:
     """Run a study and keep its finding in the cache.
+
+    Each measurement is kept as soon as it is made: a study that was interrupted goes on where it was.
 
     Args:
         slug: which.
@@ -35,12 +39,16 @@ def run(slug: str, scale: Scale | str = "default", seeds: list[int] | int = 3, p
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen:
         raise InputError(f"seeds={seeds}: give at least one; three or more for a verdict")
-    finding = entry(slug).study().run(scale, chosen, progress)
-    folder = _kept(slug, scale)
+    study, folder = entry(slug).study(), _kept(slug, scale)
+    with workbench(f"{slug}, scale {scale}", folder / "measured.json", progress) as bench:
+        finding = study.run(scale, chosen, bench)
+    for stale in folder.glob("*.svg"):
+        stale.unlink()
     for name, picture in finding.plots.items():
         with write_atomically(folder / f"{name}.svg") as path:
             path.write_text(picture, encoding="utf-8")
     write_json(folder / "finding.json", finding.to_json())
+    bench.clear()
     return finding
 
 
@@ -108,11 +116,11 @@ def _section(finding: Finding, paper: str, folder: Path) -> list[str]:
             f"| {each.claim}{counted} | {each.mean:.4g} ({each.low:.4g} to {each.high:.4g}) | {each.n} "
             f"| {each.verdict} |"
         )
-    lines += ["", "| | metric | mean | standard error | seeds |", "|---|---|---|---|---|"]
-    for row in finding.rows:
-        stderr = "" if row.stderr is None else f"{row.stderr:.2g}"
-        lines.append(f"| {row.name} | {row.metric} | {row.mean:.4g} | {stderr} | {row.n} |")
-    lines += [""] + [f"- {note}" for note in finding.notes]
+    lines += ["", "Means ± standard errors over seeds.", ""]
+    for condition, rows in by_condition(finding.rows).items():
+        cells = [ResultRow(row.name, row.metric, row.mean, row.stderr, row.n) for row in rows]
+        lines += [f"### {condition}", "", result_markdown(cells)]
+    lines += ["### How", ""] + [f"- {note}" for note in finding.notes]
     lines += [f"- Scale {finding.scale}, seeds {finding.seeds}, {finding.seconds:.0f} s on {finding.machine}.", ""]
     for name, picture in finding.plots.items():
         place = f"images/{finding.slug}-{name}.svg"

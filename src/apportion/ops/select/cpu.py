@@ -254,12 +254,13 @@ def select_above(scores: Float[Tensor, "rows columns"], limits: Float[Tensor, "c
 def _cuts(array: np.ndarray, count: int) -> Iterator[np.floating]:
     """Cuts to try, from tight to one that everything reaches."""
     flat = array.reshape(-1)
-    sample = np.sort(flat[:: _sample_stride(*array.shape)])[::-1]
+    sample = flat[:: _sample_stride(*array.shape)]
     rank = count / flat.size * sample.size
     for margin in (4.0, 16.0):  # in standard deviations of the sampled rank
         place = int(rank + margin * np.sqrt(rank) + margin)
         if place < sample.size:
-            yield sample[place]
+            from_below = sample.size - 1 - place
+            yield np.partition(sample, from_below)[from_below]
     yield flat.dtype.type(-np.inf)
 
 
