@@ -397,3 +397,18 @@ def test_progress_goes_to_stderr_and_can_be_silenced(lm, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert "tokens/s" in err
+
+
+def test_without_a_terminal_a_harvest_says_a_line_now_and_then(capsys):
+    from rich.console import Console
+
+    from apportion.models.harvest import _lines
+
+    times = iter([0.0, 4.0, 11.0, 12.0, 25.0])
+    advance = _lines(Console(stderr=True), 100, 5000, clock=lambda: next(times))
+    for _ in range(4):
+        advance(500)
+    assert capsys.readouterr().err.splitlines() == [
+        "harvest 1,100/5,000 tokens, 91 tokens/s",
+        "harvest 2,100/5,000 tokens, 80 tokens/s",
+    ]

@@ -7,10 +7,11 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -36,9 +37,13 @@ from apportion.models.capture import capture
 from apportion.models.language import LanguageModel
 from apportion.models.site import Site
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 # Documents tokenised in one call: enough to keep the tokeniser's threads busy, little enough to forget about.
 _DOCUMENTS_AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 1 << 19
+_SECONDS_BETWEEN_LINES = 10.0
 
 _log = logging.getLogger(__name__)
 
@@ -428,6 +433,7 @@ def _only_one_writer(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _bar(progress: bool, manifest: dict[str, Any], tokens: int) -> Iterator[Callable[[int], None]]:
+    """Where a harvest says how many more rows it has: a bar on a terminal, a line every ten seconds anywhere else."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -445,10 +451,33 @@ def _bar(progress: bool, manifest: dict[str, Any], tokens: int) -> Iterator[Call
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{speed:,.0f} tokens/s")
 
+    console = Console(stderr=True)
+    if not progress or not console.is_terminal:
+        yield _lines(console, _rows(manifest), tokens) if progress else lambda rows: None
+        return
     columns = (TextColumn("harvest"), BarColumn(), MofNCompleteColumn(), TokensPerSecond(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task("harvest", total=tokens, completed=_rows(manifest))
         yield lambda rows: bar.update(task, advance=rows)
+
+
+def _lines(
+    console: "Console", done: int, tokens: int, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int], None]:
+    started = printed = clock()
+    first, count = done, done
+
+    def advance(rows: int) -> None:
+        nonlocal count, printed
+        count += rows
+        now = clock()
+        if now - printed >= _SECONDS_BETWEEN_LINES or count >= tokens:
+            printed = now
+            speed = (count - first) / max(now - started, 1e-9)
+            line = f"harvest {count:,}/{tokens:,} tokens, {speed:,.0f} tokens/s"
+            console.print(line, highlight=False, soft_wrap=True)
+
+    return advance
 
 
 def _rows(manifest: dict[str, Any]) -> int:
