@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import hypothesis
 import hypothesis.extra.numpy as hypothesis_numpy
@@ -313,6 +314,17 @@ def test_invalid_rows_get_nothing_and_bring_no_budget(rule: Rule, valid: list[bo
     assert mask_of(allocation)[torch.tensor(valid)].equal(mask_of(among_valid))
     assert not mask_of(allocation)[~torch.tensor(valid)].any()
     check_values(allocation, scores)
+
+
+@pytest.mark.parametrize("rule", [*ALL_RULES, Blocks((2, 2), MutualChoice(1))], ids=repr)
+def test_rows_that_are_not_valid_may_hold_nan(rule: Rule) -> None:
+    scores, valid = distinct(6, 8), torch.tensor([True, True, False, False, True, True])
+    clean = mask_of(rule(scores, valid))
+    scores[2], scores[3, 1] = math.nan, math.inf
+    assert mask_of(rule(scores, valid)).equal(clean)
+    scores[4, 5] = math.nan
+    with pytest.raises(ValueError, match=r"scores\[4, 5\] is nan"):
+        rule(scores, valid)
 
 
 def test_valid_rows_of_tall_blocks() -> None:

@@ -72,8 +72,8 @@ class Rule(Protocol):
         ...
 
 
-def check_scores(scores: Tensor, name: str = "scores") -> None:
-    """Refuse what cannot be ranked.
+def check_scores(scores: Tensor, name: str = "scores", valid: Bool[Tensor, "rows"] | None = None) -> None:
+    """Refuse what cannot be ranked; rows that are not ``valid`` may hold anything.
 
     Raises:
         TypeError: not a floating type.
@@ -86,6 +86,8 @@ def check_scores(scores: Tensor, name: str = "scores") -> None:
     # A finite sum proves finite entries at a tenth of the cost of looking at each; an infinite one may be overflow.
     if not bool(scores.detach().sum().isfinite()):
         wrong = ~scores.detach().isfinite()
+        if valid is not None:
+            wrong &= valid.unsqueeze(1)
         if bool(wrong.any()):
             row, column = (int(each) for each in wrong.nonzero()[0])
             raise ValueError(
@@ -138,7 +140,7 @@ class _Selecting:
     """Rules that come down to one ``Selection``: all but those that regroup the scores first."""
 
     def __call__(self, scores: Float[Tensor, "rows columns"], valid: Bool[Tensor, "rows"] | None = None) -> Allocation:
-        check_scores(scores)
+        check_scores(scores, valid=valid)
         if valid is not None:
             return _spread(self(scores[valid]), valid)
         return _apply(self.selection(scores.shape[0], scores.shape[1]), scores)
@@ -318,7 +320,7 @@ class NofM:
 
     def __call__(self, scores: Float[Tensor, "rows columns"], valid: Bool[Tensor, "rows"] | None = None) -> Allocation:
         """Allocate."""
-        check_scores(scores)
+        check_scores(scores, valid=valid)
         if valid is not None:
             return _spread(self(scores[valid]), valid)
         rows, columns = scores.shape
@@ -364,12 +366,13 @@ class Blocks:
 
     def __call__(self, scores: Float[Tensor, "rows columns"], valid: Bool[Tensor, "rows"] | None = None) -> Allocation:
         """Allocate. ``valid`` must agree within a block row."""
-        check_scores(scores)
+        check_scores(scores, valid=valid)
         high, wide = self.size
         rows, columns = scores.shape
         if rows % high or columns % wide:
             raise ValueError(f"Blocks: scores {rows} x {columns} are not a multiple of size={self.size}: pad them")
-        blocks = scores.detach().reshape(rows // high, high, columns // wide, wide).sum(dim=(1, 3))
+        summed = scores.detach() if valid is None else scores.detach().where(valid.unsqueeze(1), 0.0)
+        blocks = summed.reshape(rows // high, high, columns // wide, wide).sum(dim=(1, 3))
         block_valid = None if valid is None else self._valid_blocks(valid)
         won = self.rule(blocks, block_valid)
         # Each of a block row's rows holds every winning block's columns.

@@ -16,16 +16,14 @@ Side = Literal["input", "output"]
 class Site:
     """A place in a model, written ``layers.9.residual`` (blocks count from 0) or ``embeddings``.
 
-    ==============  =====================================================================================
-    kind            what is there, ``[batch, time, width]``
-    ==============  =====================================================================================
-    ``residual``    the hidden state after block L (transformers' ``hidden_states[L + 1]`` but for the last block)
-    ``attn_out``    the output of the attention's output projection
-    ``heads``       the heads' outputs side by side: the input of that projection (may be wider than the model)
-    ``mlp_in``      the input of the MLP (after the norm in front of it)
-    ``mlp_out``     the output of the MLP itself (Gemma 2 and 3 norm it once more before they add it)
-    ``embeddings``  the hidden state before block 0, positions included; it has no layer
-    ==============  =====================================================================================
+    | kind | what is there, ``[batch, time, width]`` |
+    |---|---|
+    | ``residual`` | hidden state after block L (transformers' ``hidden_states[L + 1]`` but for the last block) |
+    | ``attn_out`` | output of the attention's output projection |
+    | ``heads`` | the heads' outputs side by side: the input of that projection (may be wider than the model) |
+    | ``mlp_in`` | input of the MLP (after the norm in front of it) |
+    | ``mlp_out`` | output of the MLP itself (Gemma 2 and 3 norm it once more before they add it) |
+    | ``embeddings`` | hidden state before block 0, positions included; it has no layer |
 
     Raises:
         InputError: an unknown kind, a missing, superfluous or negative layer.
