@@ -50,8 +50,8 @@ Measured = dict[str, dict[str, list[float]]]
 # Learning rate and weight of the auxiliary loss (0: none) that the grid chose at the scale ``long``; shorter runs take
 # them as they are.
 _CHOSEN = {
-    "TopK": (1e-2, 0.5),
-    "Mutual Choice": (1e-2, 0.5),
+    "TopK": (2e-2, 1 / 32),
+    "Mutual Choice": (2e-2, 0.5),
     "Feature Choice, Zipf": (1e-2, 0.5),
     "TopK, no auxiliary loss": (1e-2, 0.0),
     "Mutual Choice, no auxiliary loss": (1e-2, 0.0),
