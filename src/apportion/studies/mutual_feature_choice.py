@@ -421,14 +421,17 @@ def _model_recipes(size: _Real) -> dict[str, Recipe]:
         auxiliary="none",
         phases=Phases(refresh_every=min(100, max(1, size.steps // 10))),
     )
-    mutual = MutualChoice(size.budget)
+    mutual, silence = MutualChoice(size.budget), size.batch_size * 20
     recipes = {
         "TopK": base,
         "Mutual Choice": replace(base, rule=mutual),
-        "Feature Choice, Zipf": replace(base, rule=FeatureChoice(size.budget, profile=Zipf())),
+        # The whole method: a Mutual Choice phase with aux_zipf, then Feature Choice. Without that loss, features that die
+        # in the first phase stay dead in the second: a quota of negative scores has no gradient.
+        "Feature Choice, Zipf": replace(
+            base, rule=FeatureChoice(size.budget, profile=Zipf()), auxiliary="zipf", dead_after=silence
+        ),
     }
     if size.auxiliaries:
-        silence = size.batch_size * 20
         recipes["Mutual Choice, aux_k"] = replace(base, rule=mutual, auxiliary="dead", dead_after=silence)
         recipes["Mutual Choice, aux_zipf"] = replace(base, rule=mutual, auxiliary="zipf", dead_after=silence)
     return recipes
