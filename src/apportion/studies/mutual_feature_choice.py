@@ -425,8 +425,8 @@ def _model_recipes(size: _Real) -> dict[str, Recipe]:
     recipes = {
         "TopK": base,
         "Mutual Choice": replace(base, rule=mutual),
-        # The whole method: a Mutual Choice phase with aux_zipf, then Feature Choice. Without that loss, features that die
-        # in the first phase stay dead in the second: a quota of negative scores has no gradient.
+        # The whole method: a Mutual Choice phase with aux_zipf, then Feature Choice. Without that loss features that
+        # die in the first phase stay dead in the second: a quota of negative scores has no gradient.
         "Feature Choice, Zipf": replace(
             base, rule=FeatureChoice(size.budget, profile=Zipf()), auxiliary="zipf", dead_after=silence
         ),
