@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from apportion.ops.csr import csr_matmul, csr_transposed_matmul
-from apportion.ops.encode import composed
+from apportion.ops.encode import tiled
+from apportion.ops.encode.tiled import scores_memory
 
-__all__ = ["encode_select"]
+__all__ = ["encode_select", "scores_memory"]
 
 
 @torch.library.custom_op("apportion::encode_select", mutates_args=())
@@ -42,7 +43,7 @@ def encode_select(
 
     Differentiable in ``x``, ``weight`` and ``bias`` through the values.
     """
-    return composed.encode_select(x, weight, bias, how, count, limits, precision, exact)
+    return tiled.encode_select(x, weight, bias, how, count, limits, precision, exact)
 
 
 @encode_select.register_fake
