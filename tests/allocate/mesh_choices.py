@@ -4,21 +4,19 @@ Prints, for every mesh and case, on how many processes the winners, their order 
 """
 
 import json
-import sys
 from collections.abc import Iterator
 
-from jaxtyping import install_import_hook
-
-install_import_hook("apportion", "runtime_types.check")
-
 import torch
-from forked_ranks import on_mesh
 from torch import Tensor
 
 from apportion.allocate import FeatureChoice, MutualChoice, NofM, Rule, Threshold, TokenChoice, Zipf
-from apportion.allocate.mesh import Mesh, allocate_over_mesh, encode_over_mesh
+from apportion.allocate.mesh import Block, Mesh, allocate_over_mesh, encode_over_mesh
+from forked_ranks import on_mesh
 
 MESHES = ((1, 2), (2, 1), (2, 2), (4, 1))
+
+
+KINDS = ("plain", "many ties", "all equal", "zeros of both signs", "negative", "double", "bfloat16", "huge and tiny")
 
 
 def scores_of(kind: str, rows: int, columns: int) -> Tensor:
@@ -102,7 +100,7 @@ def check(mesh: Mesh) -> dict[str, bool]:
 
 
 def uneven(mesh: Mesh) -> bool:
-    """Blocks need not be those of ``Mesh.shard``: place 0 has one row and column, the last has the rest, others none."""
+    """Blocks need not be those of ``Mesh.shard``: the first has one row and column, the last the rest, others none."""
     scores = scores_of("many ties", 9, 11)
 
     def bounds(total: int, dimension: str) -> slice:
@@ -121,10 +119,11 @@ def encoding(mesh: Mesh) -> bool:
     x, weight = (torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (10, 21))
     bias = torch.randn(21, generator=generator, dtype=torch.float64)
     rows, columns = mesh.shard(10, "data"), mesh.shard(21, "feature")
+    block = Block.find(mesh, rows.stop - rows.start, columns.stop - columns.start)
     for rule in (TokenChoice(3), MutualChoice(2.5), FeatureChoice(2.5), Threshold(0.2)):
         selection = rule.selection(10, 21)
         whole = selection.encode(x, weight, bias).to_dense()
-        part = encode_over_mesh(selection, x[rows], weight[columns], bias[columns], mesh).to_dense()
+        part = encode_over_mesh(selection, x[rows], weight[columns], bias[columns], block, mesh).to_dense()
         if not torch.allclose(part, whole[rows, columns], rtol=1e-12, atol=0):
             return False
     return True
@@ -136,4 +135,3 @@ for data, feature in MESHES:
     for case in ranks[0]:
         report[f"{data}x{feature} {case}"] = sum(rank[case] for rank in ranks) == data * feature
 print(json.dumps(report))
-sys.exit()

@@ -1,12 +1,13 @@
 """Processes for the tests of what runs on several: forked from one that has imported torch, joined by gloo.
 
-A script imports this first, defines ``work(mesh) -> result`` functions and calls `on_mesh`. It runs as a process of its
-own (see `run_script`), because a process whose thread pools have started must not be forked.
+A script defines ``work(mesh) -> result`` functions, calls `on_mesh` and prints JSON. It runs as a process of its own
+(see `run_script`), because a process whose thread pools have started must not be forked, with shapes checked.
 """
 
 import json
 import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ def run_script(script: Path, *arguments: str, timeout: float = 110) -> Any:
     """Run a script of this kind and read the JSON of its last line; what it says on stderr is shown if it fails."""
     source, support = Path(__file__).parents[2] / "src", Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, str(script), *arguments],
+        [sys.executable, "-m", "forked_ranks", str(script), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -82,3 +83,12 @@ def _rank(rank: int, data: int, feature: int, store: str, work: Callable[[Any], 
         pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
         os._exit(1)
     os._exit(0)
+
+
+if __name__ == "__main__":
+    from jaxtyping import install_import_hook
+
+    # Before anything imports the package: every annotated shape and type is checked at every call.
+    install_import_hook("apportion", "runtime_types.check")
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

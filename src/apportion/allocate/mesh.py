@@ -125,6 +125,13 @@ class Mesh:
         dist.all_gather(parts, tensor.contiguous(), group=self.group(dimension))
         return torch.stack(parts)
 
+    def of_all_columns(self, values: Tensor, columns: int) -> Tensor:
+        """The values of all columns, of which each process gives those of its `shard`; an all-gather."""
+        size = -(-columns // self.size("feature"))
+        room = values.new_zeros(size, *values.shape[1:])
+        room[: values.shape[0]] = values
+        return self.collect(room, "feature").flatten(0, 1)[:columns]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -150,12 +157,10 @@ class Block:
         columns.
         """
         device = mesh.device_mesh.device_type
-        by_place = [
-            mesh.collect(torch.tensor(size, device=device), dimension).tolist()
-            for size, dimension in ((rows, "data"), (columns, "feature"))
-        ]
-        first_row, first_column = sum(by_place[0][: mesh.place("data")]), sum(by_place[1][: mesh.place("feature")])
-        return cls(sum(by_place[0]), sum(by_place[1]), first_row, first_column, (rows, columns))
+        all_rows = mesh.collect(torch.tensor(rows, device=device), "data").tolist()
+        all_columns = mesh.collect(torch.tensor(columns, device=device), "feature").tolist()
+        first_row, first_column = sum(all_rows[: mesh.place("data")]), sum(all_columns[: mesh.place("feature")])
+        return cls(sum(all_rows), sum(all_columns), first_row, first_column, (rows, columns))
 
     def of_columns(self, tensor: Tensor) -> Tensor:
         """The part of a tensor over all columns that belongs to the block's."""
@@ -169,6 +174,7 @@ def allocate_over_mesh(rule: Rule, scores: Float[Tensor, "rows columns"], mesh: 
         rule: ``TokenChoice``, ``MutualChoice``, ``FeatureChoice`` or ``Threshold``; budgets count the columns and rows
             of the whole matrix. A threshold for each column is one for each of *all* columns.
         scores: this process's block, finite; see `Block.find`.
+        mesh: the processes.
 
     Returns:
         The winners within the block, exactly those of ``rule`` on the whole matrix; differentiable in ``values``.
@@ -193,16 +199,18 @@ def encode_over_mesh(
     x: Float[Tensor, "rows d"],
     weight: Float[Tensor, "columns d"],
     bias: Float[Tensor, "columns"],
+    block: Block,
     mesh: Mesh,
     precision: str = "float32",
 ) -> Allocation:
-    """``Selection.encode`` over a mesh: the winners of ``x @ weight.T + bias`` in this process's block; a collective call.
+    """``Selection.encode`` over a mesh: this process's winners of ``x @ weight.T + bias``; a collective call.
 
     Args:
         selection: over the whole batch and all columns.
         x: this process's rows.
         weight: this process's columns.
         bias: likewise.
+        block: which part of the whole they make.
         mesh: the processes.
         precision: see ``apportion.ops.encode_select``. With ``bfloat16`` the product nominates the candidates and their
             full-precision values decide, so that a few winners next to the last one can differ from one process's.
@@ -210,7 +218,6 @@ def encode_over_mesh(
     Gradients reach ``x``, ``weight`` and ``bias`` through this process's winners only: what other processes hold of the
     gradient of replicated tensors is the caller's to add.
     """
-    block = Block.find(mesh, x.shape[0], weight.shape[0])
     candidates = of_block(selection, block).encode(x, weight, bias, precision)
     return winners_over_mesh(candidates, selection, block, mesh)
 
