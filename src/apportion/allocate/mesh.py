@@ -22,11 +22,11 @@ over n processes move 2 (n - 1) / n times as much):
 |---|---|---|
 | ``TokenChoice`` | feature | 8 rounds x 16 bins x 4 x N = 512 N |
 | ``FeatureChoice`` | data | 512 F |
-| ``MutualChoice`` | feature, then data | 3 rounds x 2048 bins x 8 = 49,152 each |
+| ``MutualChoice`` | feature, then data | (2048 + 2048 + 1024 bins) x 8 = 40,960 each |
 | ``Threshold`` | | 0 |
 
-Twice the rounds for float64 scores. Excess ties add an all-gather of 8 N bytes (``TokenChoice``, ``MutualChoice``) or
-8 F bytes (``FeatureChoice``) from each process of a group. Sizes of blocks: 16 bytes a process, once.
+Float64 scores take twice the rounds. Excess ties add an all-gather of 8 N bytes (``TokenChoice``, ``MutualChoice``) or
+8 F bytes (``FeatureChoice``) from each process of a group. The sizes of blocks are 8 bytes along each dimension.
 """
 
 from collections.abc import Sequence

@@ -18,14 +18,15 @@ batch's tokens. What one process would compute on the whole batch, all of them c
 Bytes that a process brings into collectives in a step, with N tokens and F features here, width d, float32, no excess
 ties and no auxiliary loss:
 
-    over feature:  4 N d  +  4 d  +  selection  +  40
-    over data:     8 F d  +  4 F  +  8 d  +  8 F  +  4 F  +  selection  +  60
+    over feature:  4 N d + 4 d + selection + 36
+    over data:     8 F d + 4 F + 8 d + 8 F + selection + 48
 
-in this order the reconstruction, the decoder bias's gradient through the encoder; the gradients of both matrices, of
-the encoder bias, of the decoder bias and the batch mean, the firings, and the thresholds. ``selection`` is in
-`apportion.allocate.mesh`: 512 N (TokenChoice, over feature), 512 F (FeatureChoice, over data), 49,152 (MutualChoice,
-over both). The auxiliary loss adds ``4 N d + 512 N`` over feature and ``4 d`` over data. Every ``refresh_every`` steps
-4 F bytes are gathered over feature, once for the densities and once for Feature Choice's demand. A ring all-reduce over
+in this order the reconstruction and the decoder bias's gradient through the encoder; the gradients of both matrices and
+of the encoder bias, of the decoder bias with the mean of the batch, and the firings. ``selection``, whose parts are in
+`apportion.allocate.mesh`, is 512 N + 4 over feature and 4 over data (TokenChoice), 40,964 over both (MutualChoice), or
+516 F over data (FeatureChoice). The auxiliary loss adds ``4 N d + 512 N + 8`` over feature and ``4 d + 24`` over data.
+Every ``refresh_every`` steps 4 F bytes are gathered over feature, once for the densities and once for Feature Choice's
+demand. A ring all-reduce over
 n processes sends ``2 (n - 1) / n`` times these bytes.
 """
 
