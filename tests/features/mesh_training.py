@@ -5,6 +5,7 @@ mesh_training.py equal | bytes | checkpoints FOLDER
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -201,7 +202,11 @@ def killed(folder: Path) -> dict[str, Any]:
     expected = on_mesh(1, 2, undisturbed)[0]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     script = Path(__file__).parent / "torchrun_killed.py"
-    done = subprocess.run([*launcher, str(script), str(folder)], capture_output=True, text=True, timeout=90)
+    # Without it restarted processes may find the addresses of the dead ones (pytorch issue 135712).
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(
+        [*launcher, str(script), str(folder)], capture_output=True, text=True, timeout=90, env=environment
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-6000:])
     found = json.loads((folder / "outcome.json").read_text())
