@@ -4,6 +4,7 @@ A script defines ``work(mesh) -> result`` functions, calls `on_mesh` and prints 
 (see `run_script`), because a process whose thread pools have started must not be forked, with shapes checked.
 """
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -15,6 +16,16 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+# Seconds that every process would otherwise spend for itself, at its first custom op and elsewhere.
+IMPORTED_ONCE = (
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "torch.distributed.checkpoint.hf_storage",
+    "apportion.allocate.mesh",
+    "apportion.ops.csr.cpu",
+    "apportion.ops.select.cpu",
+)
 
 
 def run_script(script: Path, *arguments: str, timeout: float = 110) -> Any:
@@ -33,8 +44,8 @@ def run_script(script: Path, *arguments: str, timeout: float = 110) -> Any:
 
 def on_mesh(data: int, feature: int, work: Callable[[Any], Any], timeout: float = 90) -> list[Any]:
     """Run ``work(mesh)`` on ``data * feature`` processes; returns what each gave, in order of rank."""
-    # Five seconds that every process would otherwise spend for itself at its first custom op.
-    import torch._dynamo  # noqa: F401
+    for slow in IMPORTED_ONCE:
+        importlib.import_module(slow)
 
     forked = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
