@@ -68,7 +68,7 @@ def test_module_with_state_that_is_no_tensor_is_refused():
 def test_how_the_optimizer_is_computed_is_no_difference():
     module = nn.Linear(4, 3)
     one, other = (
-        identity(module, torch.optim.Adam(module.parameters(), fused=fused), {}, {}) for fused in (True, False)
+        identity(module, torch.optim.Adam(module.parameters(), fused=fused), {}, {}, {}) for fused in (True, False)
     )
     assert differences(one, other) == []
 

@@ -16,6 +16,7 @@ tensor([[0.9000, 0.8000, 0.0000],
 
 from apportion.allocate.allocation import Allocation
 from apportion.allocate.calibration import ThresholdCalibrator
+from apportion.allocate.mesh import Mesh, allocate_over_mesh, encode_over_mesh
 from apportion.allocate.quotas import Profile, QuotaLedger, Uniform, Zipf, densities, expected_share, whole_quotas
 from apportion.allocate.rules import (
     RULES,
@@ -35,6 +36,7 @@ __all__ = [
     "Allocation",
     "Blocks",
     "FeatureChoice",
+    "Mesh",
     "MutualChoice",
     "NofM",
     "Profile",
@@ -46,8 +48,10 @@ __all__ = [
     "TokenChoice",
     "Uniform",
     "Zipf",
+    "allocate_over_mesh",
     "check_scores",
     "densities",
+    "encode_over_mesh",
     "expected_share",
     "whole_quotas",
 ]

@@ -175,7 +175,11 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 f"x[{wrong}] has NaN or infinite activations: drop such tokens, or use a wider model dtype"
             )
-        return scaled - self.decoder_bias if self.d_in == self.d_out else scaled
+        return scaled - self.input_bias() if self.d_in == self.d_out else scaled
+
+    def input_bias(self) -> Float[Tensor, "d_in"]:
+        """What the encoder's input is freed of: the decoder bias."""
+        return self.decoder_bias
 
     def encode_centred(
         self, x: Float[Tensor, "tokens d_in"], mode: Mode | None = None, rule: Rule | None = None

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from apportion.allocate import FeatureChoice, MutualChoice, Rule, TokenChoice, Zipf
+from apportion.allocate import Allocation, FeatureChoice, MutualChoice, Rule, TokenChoice, Zipf
 from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.jump_relu import LearnedThreshold
@@ -117,20 +117,27 @@ class DictionaryObjective:
         self._refresh(sae, x, step)
         codes = sae.encode_centred(x, "batch", rule)
         output = sae.decode_scaled(codes)
-        loss = fvu = reconstruction_loss(target, output)
+        loss = fvu = self._reconstruction_loss(sae, target, output)
         if not recipe.has_budget:
             loss = loss + self._penalty(sae, x, target, codes.nnz / max(codes.shape[0], 1))
         if recipe.auxiliary != "none" and step > 0:
             revive = sae.statistics.dead(recipe.silence) | sae.statistics.underused
-            auxiliary = aux_k_loss(sae, x, target - output, revive, recipe.auxiliary_size)
-            loss = loss + recipe.auxiliary_weight * auxiliary
+            loss = loss + recipe.auxiliary_weight * self._auxiliary_loss(sae, x, target - output, revive)
         sae.statistics.update(codes.detach(), shared_threshold=not isinstance(rule, FeatureChoice))
         if isinstance(recipe.rule, FeatureChoice) and isinstance(rule, MutualChoice):
             sae.statistics.update_demand(codes.detach())
-        return loss, {
-            "fvu": fvu.detach(),
+        return loss, {"fvu": fvu.detach(), **self._counts(sae, codes)}
+
+    def _reconstruction_loss(self, sae: SparseAutoencoder, target: Tensor, output: Tensor) -> Tensor:
+        return reconstruction_loss(target, output)
+
+    def _auxiliary_loss(self, sae: SparseAutoencoder, x: Tensor, residual: Tensor, revive: Tensor) -> Tensor:
+        return aux_k_loss(sae, x, residual, revive, self.recipe.auxiliary_size)
+
+    def _counts(self, sae: SparseAutoencoder, codes: Allocation) -> dict[str, float | Tensor]:
+        return {
             "l0": codes.nnz / max(codes.shape[0], 1),
-            "dead": sae.statistics.dead(recipe.silence).float().mean(),
+            "dead": sae.statistics.dead(self.recipe.silence).float().mean(),
             "underused": sae.statistics.underused.float().mean(),
         }
 
@@ -148,17 +155,17 @@ class DictionaryObjective:
                 )
                 set_shares_by_demand(sae, self._current_profile(sae))
         if recipe.auxiliary == "zipf" and step > 0 and step % phases.refresh_every == 0:
-            density = sae.statistics.density
+            density = sae.statistics.of_all(sae.statistics.density)
             try:
                 underused = underused_features(density, fit_zipf(density), recipe.underused_cut)
             except InputError:  # almost nothing fires: there is no law to compare with, only the dead to revive
                 underused = density == 0
-            sae.statistics.underused.copy_(underused)
+            sae.statistics.underused.copy_(sae.statistics.of_these(underused))
 
     def _profile(self, sae: SparseAutoencoder) -> Zipf:
         """The law that the Mutual Choice phase showed, kept in the dictionary's buffers for later steps."""
         try:
-            profile = fit_zipf(sae.statistics.demand).profile
+            profile = fit_zipf(sae.statistics.of_all(sae.statistics.demand)).profile
         except InputError:
             profile = Zipf()
         sae.zipf.copy_(torch.tensor([profile.exponent, profile.offset], dtype=sae.zipf.dtype))
@@ -246,19 +253,37 @@ def fit_dictionary(
         recipe.settings(**settings),
         folder,
         hooks=[UnitDecoder()],
-        provenance=_flat({"recipe": recipe.to_json(), "d_in": d_in, **(provenance or {})}),
+        provenance=flat_provenance(recipe, d_in, provenance),
         progress=progress,
         stop_after=stop_after,
     )
     if result.steps_done < recipe.steps:
         return sae, result
+    finish_dictionary(sae, recipe, calibration, provenance, device)
+    return sae, result
+
+
+def finish_dictionary(
+    sae: SparseAutoencoder,
+    recipe: Recipe,
+    calibration: Callable[[], Iterable[Float[Tensor, "tokens d"]]] | None,
+    provenance: dict[str, Any] | None,
+    device: str | torch.device,
+) -> None:
+    """What follows the last step, see ``fit_dictionary``: evaluation mode, calibration, the scale folded in."""
     sae.eval()
     if calibration is not None:
         rows = sum(each.shape[0] for each in calibration())
         sae.calibrate((each.to(device) for each in calibration()), rows)
     sae.fold_scale()
     sae.metadata = {"recipe": recipe.to_json(), "tokens_seen": int(sae.statistics.tokens_seen), **(provenance or {})}
-    return sae, result
+
+
+def flat_provenance(
+    recipe: Recipe, d_in: int, more: dict[str, Any] | None
+) -> dict[str, str | int | float | bool | None]:
+    """What decides the weights of a dictionary, as the training loop compares it."""
+    return _flat({"recipe": recipe.to_json(), "d_in": d_in, **(more or {})})
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:

@@ -193,7 +193,7 @@ def set_shares_by_demand(sae: SparseAutoencoder, profile: Zipf, hysteresis: floa
     if not isinstance(rule, FeatureChoice):
         raise TypeError(f"shares belong to FeatureChoice dictionaries; the rule is {rule}")
     floor = 1e-12
-    wish = sae.statistics.demand.double().clamp(min=floor).log()
+    wish = sae.statistics.of_all(sae.statistics.demand).double().clamp(min=floor).log()
     if hysteresis > 0:
         wish = (1 - hysteresis) * wish + hysteresis * sae.share.clamp(min=floor).log()
     by_rank = FeatureChoice(rule.mean_budget(sae.n_features), profile=profile).share(sae.n_features)

@@ -1,7 +1,7 @@
 """What a dictionary remembers about its features while it trains, in buffers that are saved with it."""
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor, nn
 
 from apportion.allocate import Allocation
@@ -49,40 +49,51 @@ class FeatureStatistics(nn.Module):
         feature's for itself (Feature Choice). The running minimum is biased low, so it admits slightly more than the
         budget; ``SparseAutoencoder.calibrate`` replaces it by the exact quantile.
         """
-        rows = codes.shape[0]
+        rows = self._rows(codes)
         if rows == 0:
             return
-        counts = codes.winners_per_column()
+        counts = self._counts(codes)
         self.batches_seen += 1
         self.tokens_seen += rows
         self.density.lerp_(counts / rows, self._weight(self.batches_seen))
         self.tokens_since_fired += rows
         self.tokens_since_fired[counts > 0] = 0
-        self._update_threshold(codes, counts, shared_threshold)
+        smallest = self._smallest(codes, shared_threshold)
+        known = ~self.threshold.isnan()
+        averaged = torch.lerp(self.threshold, smallest, self._weight(self.batches_seen))
+        updated = torch.where(known, averaged, smallest)
+        self.threshold.copy_(torch.where(smallest.isfinite(), updated, self.threshold))
 
     @torch.no_grad()
     def update_demand(self, codes: Allocation) -> None:
         """Take in what features would get if they competed freely (Mutual Choice): Feature Choice ranks by it."""
         self.demand_batches += 1
-        self.demand.lerp_(codes.winners_per_column() / codes.shape[0], self._weight(self.demand_batches))
+        self.demand.lerp_(self._counts(codes) / self._rows(codes), self._weight(self.demand_batches))
 
     def dead(self, tokens: int) -> Bool[Tensor, "features"]:
         """Features that have not fired in the last ``tokens`` tokens."""
         return self.tokens_since_fired >= tokens
 
+    def of_all(self, values: Shaped[Tensor, "features"]) -> Shaped[Tensor, "all_features"]:
+        """Values of the features here as those of all features: the same, unless others are held elsewhere."""
+        return values
+
+    def of_these(self, values: Shaped[Tensor, "all_features"]) -> Shaped[Tensor, "features"]:
+        """Of values of all features those of the features here."""
+        return values
+
     def _weight(self, batches: Tensor) -> float:
         return max(1 / int(batches), 1 / self.horizon)
 
-    def _update_threshold(self, codes: Allocation, counts: Tensor, shared: bool) -> None:
-        if codes.nnz == 0:
-            return
+    def _rows(self, codes: Allocation) -> int:
+        return codes.shape[0]
+
+    def _counts(self, codes: Allocation) -> Int64[Tensor, "features"]:
+        return codes.winners_per_column()
+
+    def _smallest(self, codes: Allocation, shared: bool) -> Float[Tensor, "features"]:
+        """The smallest value that each feature fired with, or any did if it is shared; infinite where there is none."""
+        smallest = torch.full_like(self.threshold, torch.inf)
         if shared:
-            smallest = codes.values.min().expand_as(self.threshold)
-            fired = torch.ones_like(counts, dtype=torch.bool)
-        else:
-            smallest = torch.full_like(self.threshold, torch.inf)
-            smallest.scatter_reduce_(0, codes.col_indices, codes.values.to(smallest.dtype), "amin")
-            fired = counts > 0
-        known = ~self.threshold.isnan()
-        averaged = torch.lerp(self.threshold, smallest, self._weight(self.batches_seen))
-        self.threshold.copy_(torch.where(fired, torch.where(known, averaged, smallest), self.threshold))
+            return codes.values.min().expand_as(smallest) if codes.nnz else smallest
+        return smallest.scatter_reduce_(0, codes.col_indices, codes.values.to(smallest.dtype), "amin")

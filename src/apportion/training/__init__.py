@@ -2,6 +2,7 @@
 
 from apportion.training.finite import NonFiniteLossError
 from apportion.training.loop import Hook, Metrics, Objective, TrainingResult, train
+from apportion.training.processes import Processes
 from apportion.training.schedule import learning_rate_factor
 from apportion.training.settings import TrainingSettings
 
@@ -10,6 +11,7 @@ __all__ = [
     "Metrics",
     "NonFiniteLossError",
     "Objective",
+    "Processes",
     "TrainingResult",
     "TrainingSettings",
     "learning_rate_factor",

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,13 @@ class Checkpoint:
     state: dict[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of ``{name}.safetensors``, on the processor."""
+        """The tensors of ``{name}.safetensors``, on the processor.
+
+        Raises:
+            InputError: several processes wrote them, in parts.
+        """
+        if (self.path / name).is_dir():
+            raise InputError(f"{self.path} was written over a mesh of processes: go on over a mesh, of any size")
         return safetensors.torch.load_file(self.path / f"{name}.safetensors")
 
 
@@ -59,7 +65,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
-        with _explained(folder):
+        with explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
@@ -71,16 +77,13 @@ class Checkpoints:
             InputError: the disk is full or the folder cannot be written; older checkpoints are untouched.
         """
         path = self.folder / f"step-{step:08d}"
-        with _explained(path):
+        with explained(path):
             self._remove_partial()
             partial = self.folder / f".{path.name}.partial"
             partial.mkdir()
             try:
                 _write(partial, step, tensors, state)
-                # Only a damaged checkpoint, one that this run could not resume from, can be in the way.
-                shutil.rmtree(path, ignore_errors=True)
-                os.replace(partial, path)
-                sync(self.folder)
+                self._put_in_place(partial, path)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             self._prune(step)
@@ -108,6 +111,12 @@ class Checkpoints:
             )
         return None
 
+    def _put_in_place(self, partial: Path, path: Path) -> None:
+        # Only a damaged checkpoint, one that this run could not resume from, can be in the way.
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(partial, path)
+        sync(self.folder)
+
     def _paths(self) -> list[Path]:
         return sorted((path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)), key=_step_of)
 
@@ -128,13 +137,21 @@ def _step_of(path: Path) -> int:
 
 
 def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-    files = {}
-    for name, group in tensors.items():
-        path = folder / f"{name}.safetensors"
+    paths = [folder / f"{name}.safetensors" for name in tensors]
+    for path, group in zip(paths, tensors.values(), strict=True):
         safetensors.torch.save_file(_writable(group), path)
         sync(path)
-        files[path.name] = _digest(path)
-    content: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, "state": dict(state)}
+    write_state(folder, step, digests(folder, paths), state)
+
+
+def digests(folder: Path, paths: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of files of a checkpoint, by their names within its folder."""
+    return {path.relative_to(folder).as_posix(): _digest(path) for path in paths}
+
+
+def write_state(folder: Path, step: int, files: Mapping[str, str], state: Mapping[str, Any]) -> None:
+    """Write ``state.json``, which makes the folder a checkpoint; ``files`` are those it must have, with checksums."""
+    content: dict[str, Any] = {"format": _FORMAT, "step": step, "files": dict(files), "state": dict(state)}
     content["sha256"] = _digest_of_json(content)
     path = folder / "state.json"
     path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -145,7 +162,8 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
     sync(folder)
 
 
-def _read(path: Path) -> Checkpoint:
+def state_of(path: Path) -> dict[str, Any]:
+    """What `write_state` wrote, checked against its own checksum but not against the files beside it."""
     try:
         content = read_json(path / "state.json")
     except (InputError, OSError) as error:
@@ -154,6 +172,11 @@ def _read(path: Path) -> Checkpoint:
         raise _DamagedError("the checksum of state.json does not match")
     if content["format"] != _FORMAT:
         raise InputError(f"{path} has format {content['format']}, this apportion reads {_FORMAT}: upgrade apportion")
+    return content
+
+
+def _read(path: Path) -> Checkpoint:
+    content = state_of(path)
     for name, digest in content["files"].items():
         if not (path / name).is_file():
             raise _DamagedError(f"{name} is missing")
@@ -186,7 +209,8 @@ def _digest_of_json(content: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Within the block what goes wrong in writing ``path`` becomes a sentence with a remedy."""
     try:
         yield
     except OSError as error:

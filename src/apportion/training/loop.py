@@ -19,6 +19,7 @@ from apportion.training.finite import FirstNonFinite, NonFiniteLossError
 from apportion.training.interrupts import Interrupts, held_interrupts
 from apportion.training.log import RESERVED_NAMES, Record, TrainingLog
 from apportion.training.optimizer import OptimizerFactory, build_optimizer, clip_gradients, set_learning_rate
+from apportion.training.processes import Processes
 from apportion.training.progress import progress_display
 from apportion.training.run import Run
 from apportion.training.schedule import learning_rate_factor
@@ -84,6 +85,7 @@ def train(
     provenance: Mapping[str, str | int | float | bool | None] | None = None,
     progress: bool = True,
     stop_after: int | None = None,
+    processes: Processes | None = None,
 ) -> TrainingResult:
     """Train ``module`` in place; with a folder, go on where an earlier call with the same folder left off.
 
@@ -101,6 +103,8 @@ def train(
         provenance: what else decides the weights (data, model, rule); a checkpoint with another one is refused.
         progress: show progress on stderr.
         stop_after: pause, with a checkpoint, once this many steps of the run are done.
+        processes: who trains it, if this process does not do so alone; all of them call `train` alike. Only the first
+            writes and keeps the log, so the others' ``history`` lacks what was logged before they resumed.
 
     Raises:
         InputError: nothing to train; the folder holds another run, or cannot be written; the disk is full.
@@ -112,11 +116,13 @@ def train(
     if folder is None and settings.tensorboard:
         raise InputError("tensorboard=True needs a folder to write to: give one, or leave it off")
     folder = None if folder is None else Path(folder)
+    processes = processes or Processes()
     with _own_random_stream(module, settings.seed), _train_mode(module), contextlib.ExitStack() as stack:
-        run = Run(module, build_optimizer(module, settings, optimizer), settings, folder, provenance or {})
-        log = stack.enter_context(TrainingLog(folder, run.steps_done, settings.tensorboard))
+        run = Run(module, build_optimizer(module, settings, optimizer), settings, folder, provenance or {}, processes)
+        log_folder = folder if processes.writes else None
+        log = stack.enter_context(TrainingLog(log_folder, run.steps_done, settings.tensorboard))
         display = stack.enter_context(
-            progress_display(progress, settings.steps, run.steps_done, settings.progress_metrics)
+            progress_display(progress and processes.writes, settings.steps, run.steps_done, settings.progress_metrics)
         )
         # Without a folder there is nothing to save, so Ctrl-C need not wait.
         interrupts = stack.enter_context(held_interrupts()) if folder is not None else Interrupts()
@@ -125,7 +131,8 @@ def train(
         while run.steps_done < last:
             steps.take(batches(run.steps_done))
             logged = run.steps_done % settings.log_every == 0 or run.steps_done in (1, settings.steps)
-            saved = run.steps_done % settings.checkpoint_every == 0 or run.steps_done == last or interrupts.requested
+            interrupted = folder is not None and processes.any_of(interrupts.requested)
+            saved = run.steps_done % settings.checkpoint_every == 0 or run.steps_done == last or interrupted
             if logged or saved:
                 steps.require_finite()
             if logged:
@@ -134,11 +141,11 @@ def train(
             if saved:
                 log.sync()
                 run.save()
-            if interrupts.requested:
+            if interrupted:
                 raise KeyboardInterrupt(f"paused after step {run.steps_done}: run the same again to go on from there")
-    if folder is not None and run.steps_done == settings.steps:
+    if log_folder is not None and run.steps_done == settings.steps:
         write_json(
-            folder / "finished.json", {"steps": run.steps_done, "final": log.history[-1] if log.history else None}
+            log_folder / "finished.json", {"steps": run.steps_done, "final": log.history[-1] if log.history else None}
         )
     return TrainingResult(run.steps_done, log.history, run.seconds, run.resumed_from)
 
@@ -165,7 +172,7 @@ class _Steps:
         torch.autograd.backward(loss)
         for hook in self._hooks:
             hook.before_step(module, step)
-        gradient_norm = clip_gradients(run.optimizer, run.settings.clip_norm)
+        gradient_norm = clip_gradients(run.optimizer, run.settings.clip_norm, run.processes)
         self._non_finite.watch(loss, gradient_norm, step + 1)
         if run.device.type == "cpu":
             # Nothing to wait for here, and the weights stay those of the last good step.

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion.errors import InputError
+from apportion.training.processes import Processes
 from apportion.training.settings import TrainingSettings
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -44,11 +45,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peaks: list[float], fact
         group["lr"] = peak * factor
 
 
-def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> Float[Tensor, ""]:
+def clip_gradients(
+    optimizer: torch.optim.Optimizer, clip_norm: float | None, processes: Processes
+) -> Float[Tensor, ""]:
     """Scale all gradients down to a common norm of at most ``clip_norm``; returns the norm they had."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = processes.gradient_norm(parameters)
     if clip_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     return norm

@@ -10,7 +10,8 @@ from torch import nn
 
 from apportion.data.files import write_json
 from apportion.errors import InputError
-from apportion.training.checkpoint import Checkpoint, Checkpoints
+from apportion.training.checkpoint import Checkpoint
+from apportion.training.processes import Processes
 from apportion.training.settings import TrainingSettings
 from apportion.training.state import (
     differences,
@@ -36,6 +37,7 @@ class Run:
         settings: of the run.
         folder: of the run, or None to keep nothing.
         provenance: what else decides the weights.
+        processes: who trains it.
 
     Attributes:
         steps_done: optimiser steps since the start of the run.
@@ -49,11 +51,13 @@ class Run:
         settings: TrainingSettings,
         folder: Path | None,
         provenance: Mapping[str, Any],
+        processes: Processes,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
         self.settings = settings
         self.folder = folder
+        self.processes = processes
         self.device = optimizer.param_groups[0]["params"][0].device
         self.steps_done = 0
         self.resumed_from: int | None = None
@@ -62,11 +66,14 @@ class Run:
         self._started = time.perf_counter()
         if folder is None:
             return
-        self._identity = identity(module, optimizer, settings.that_decide_weights(), provenance)
-        self._checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
+        tensors = processes.whole(module_tensors(module))
+        self._identity = identity(module, optimizer, settings.that_decide_weights(), provenance, tensors)
+        self._checkpoints = processes.checkpoints(folder / "checkpoints", settings.keep_checkpoints)
         checkpoint = self._checkpoints.newest_intact()
         if checkpoint is not None:
             self._restore(checkpoint)
+        if not processes.writes:
+            return
         for leftover in folder.glob(".*.json*.partial"):
             # A process killed in the middle of a write could not tidy up behind itself.
             leftover.unlink()

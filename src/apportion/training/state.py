@@ -108,15 +108,21 @@ def restore_random_state(states: Mapping[str, str], device: torch.device) -> Non
 
 
 def identity(
-    module: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any], provenance: Mapping[str, Any]
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """What two runs must share for one to continue the other, ready for JSON. Taken before the first step."""
+    """What two runs must share for one to continue the other, ready for JSON. Taken before the first step.
+
+    ``tensors`` are those of the module as all processes together have them.
+    """
     return {
         "settings": dict(settings),
         "provenance": dict(provenance),
         "tensors": {
-            name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            for name, tensor in module_tensors(module).items()
+            name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for name, tensor in tensors.items()
         },
         "optimizer": {
             "class": type(optimizer).__name__,
