@@ -51,6 +51,7 @@ def _collect(
     rows,
     columns,
     width,
+    OPERAND: tl.constexpr,
     SUM: tl.constexpr,
     SCORE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -77,7 +78,7 @@ def _collect(
         is_within = within < width - start
         ours = tl.load(left, mask=is_row[:, None] & is_within[None, :], other=0.0)
         theirs = tl.load(right, mask=is_column[None, :] & is_within[:, None], other=0.0)
-        product = tl.dot(ours, theirs, product, input_precision="ieee")
+        product = tl.dot(ours.to(OPERAND), theirs.to(OPERAND), product, input_precision="ieee")
         left += WIDTH
         right += WIDTH
 
@@ -89,11 +90,12 @@ def _collect(
     of_row = tl.sum(counted, axis=1)
     # Only where the tile's part of the list begins depends on who comes first; the list is sorted afterwards.
     start_of_tile = tl.atomic_add(found, tl.sum(of_row).to(tl.int64), sem="relaxed")
-    before = (tl.cumsum(of_row, axis=0) - of_row)[:, None] + tl.cumsum(counted, axis=1) - counted
-    place = start_of_tile + before.to(tl.int64)
-    is_kept = wins & (place < capacity)
-    tl.store(keys + place, row[:, None] * columns + column[None, :], mask=is_kept)
-    tl.store(scores + place, score, mask=is_kept)
+    # Places within the tile's part: 32 bits, for the registers are full of scores.
+    place = (tl.cumsum(of_row, axis=0) - of_row)[:, None] + tl.cumsum(counted, axis=1) - 1
+    room = tl.minimum(tl.maximum(capacity - start_of_tile, 0), ROWS * COLUMNS).to(tl.int32)
+    is_kept = wins & (place < room)
+    tl.store(keys + start_of_tile + place, row[:, None] * columns + column[None, :], mask=is_kept)
+    tl.store(scores + start_of_tile + place, score, mask=is_kept)
 
 
 def encode_select(
@@ -290,8 +292,16 @@ def _tile(dtype: torch.dtype) -> _Tile:
     if dtype == torch.bfloat16:
         return _Tile(128, 128, 64, warps=8, stages=3)
     if dtype == torch.float32:
-        return _Tile(128, 128, 16, warps=8, stages=3)
+        return _Tile(64, 128, 16, warps=8, stages=3)
     return _Tile(64, 64, 16, warps=4, stages=2)
+
+
+def _operand_type(dtype: torch.dtype) -> tl.dtype:
+    # Triton's interpreter multiplies the bits of bfloat16 numbers instead of the numbers (seen in 3.9.0). Products of
+    # theirs are exact in float32, so widening them first is the same.
+    if dtype == torch.bfloat16 and not triton.knobs.runtime.interpret:
+        return tl.bfloat16
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _sample_size(population: int) -> int:
@@ -349,6 +359,7 @@ def _run_collect(operands: list[Tensor], capacity: int) -> tuple[Tensor, Tensor,
             rows,
             columns,
             width,
+            OPERAND=_operand_type(x.dtype),
             SUM=tl.float64 if x.dtype == torch.float64 else tl.float32,
             SCORE=tl.float64 if bias.dtype == torch.float64 else tl.float32,
             ROWS=tile.rows,
