@@ -85,6 +85,14 @@ def test_the_best_of_a_long_list_are_listed_in_order(count: int) -> None:
     assert cuda.best_of_list(scores[0], count).equal(reference.select_rows(scores, count)[1])
 
 
+@pytest.mark.parametrize("value", [0.0, -3.0])
+def test_all_ties_go_to_the_entries_that_come_first(value: float) -> None:
+    scores = torch.full((3, 19), value, device=DEVICE)
+    same(cuda.select_rows(scores, 17), reference.select_rows(scores, 17))
+    same(cuda.select_total(scores, 40), reference.select_total(scores, 40))
+    same(cuda.select_above(scores, scores[0]), reference.select_above(scores, scores[0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_scores_that_differ_in_the_last_bit_or_by_everything_are_told_apart(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
