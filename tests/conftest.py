@@ -8,6 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import torch
+
+# Without a GPU the CUDA kernels run under Triton's interpreter. Triton reads this once, when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from jaxtyping import install_import_hook
 
 # Before anything imports the package: from here on every annotated shape and type is checked at every call.

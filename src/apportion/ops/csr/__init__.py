@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from apportion.ops.csr import reference
+from apportion.ops.triton_support import triton_is_missing
 
 __all__ = ["csr_matmul", "csr_sampled_product", "csr_transposed_matmul"]
 
@@ -40,7 +41,8 @@ def csr_transposed_matmul(
 def csr_sampled_product(crow_indices: Tensor, col_indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``left @ right.T`` at the places of ``S`` only: [entries]. Differentiable in ``left`` and ``right``.
 
-    On the CPU the value of an entry depends on its own row of ``left`` and of ``right`` alone, bit for bit.
+    With the kernels for the CPU and CUDA the value of an entry depends on its own row of ``left`` and of ``right``
+    alone, bit for bit.
     """
     return reference.csr_sampled_product(crow_indices, col_indices, left, right)
 
@@ -64,6 +66,33 @@ def _(crow_indices: Tensor, col_indices: Tensor, left: Tensor, right: Tensor) ->
     from apportion.ops.csr import cpu
 
     return cpu.csr_sampled_product(crow_indices, col_indices, left, right)
+
+
+@csr_matmul.register_kernel("cuda")
+def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+    if triton_is_missing():
+        return reference.csr_matmul(crow_indices, col_indices, values, dense)
+    from apportion.ops.csr import cuda
+
+    return cuda.csr_matmul(crow_indices, col_indices, values, dense)
+
+
+@csr_transposed_matmul.register_kernel("cuda")
+def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor, columns: int) -> Tensor:
+    if triton_is_missing():
+        return reference.csr_transposed_matmul(crow_indices, col_indices, values, dense, columns)
+    from apportion.ops.csr import cuda
+
+    return cuda.csr_transposed_matmul(crow_indices, col_indices, values, dense, columns)
+
+
+@csr_sampled_product.register_kernel("cuda")
+def _(crow_indices: Tensor, col_indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if triton_is_missing():
+        return reference.csr_sampled_product(crow_indices, col_indices, left, right)
+    from apportion.ops.csr import cuda
+
+    return cuda.csr_sampled_product(crow_indices, col_indices, left, right)
 
 
 @csr_matmul.register_fake

@@ -11,6 +11,7 @@ from torch import Tensor
 from apportion.ops.csr import csr_matmul, csr_transposed_matmul
 from apportion.ops.encode import tiled
 from apportion.ops.encode.tiled import scores_memory
+from apportion.ops.triton_support import triton_is_missing
 
 __all__ = ["encode_select", "scores_memory"]
 
@@ -44,6 +45,17 @@ def encode_select(
     Differentiable in ``x``, ``weight`` and ``bias`` through the values.
     """
     return tiled.encode_select(x, weight, bias, how, count, limits, precision, exact)
+
+
+@encode_select.register_kernel("cuda")
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, how: str, count: int, limits: Tensor | None, precision: str, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if triton_is_missing():
+        return tiled.encode_select(x, weight, bias, how, count, limits, precision, exact)
+    from apportion.ops.encode import cuda
+
+    return cuda.encode_select(x, weight, bias, how, count, limits, precision, exact)
 
 
 @encode_select.register_fake

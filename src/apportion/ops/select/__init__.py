@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from apportion.ops.select import reference
+from apportion.ops.triton_support import triton_is_missing
 
 __all__ = ["select_above", "select_columns", "select_rows", "select_total"]
 
@@ -64,6 +65,42 @@ def _(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     from apportion.ops.select import cpu
 
     return cpu.select_above(scores, limits)
+
+
+@select_rows.register_kernel("cuda")
+def _(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if triton_is_missing():
+        return reference.select_rows(scores, count)
+    from apportion.ops.select import cuda
+
+    return cuda.select_rows(scores, count)
+
+
+@select_columns.register_kernel("cuda")
+def _(scores: Tensor, quotas: Tensor) -> tuple[Tensor, Tensor]:
+    if triton_is_missing():
+        return reference.select_columns(scores, quotas)
+    from apportion.ops.select import cuda
+
+    return cuda.select_columns(scores, quotas)
+
+
+@select_total.register_kernel("cuda")
+def _(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if triton_is_missing():
+        return reference.select_total(scores, count)
+    from apportion.ops.select import cuda
+
+    return cuda.select_total(scores, count)
+
+
+@select_above.register_kernel("cuda")
+def _(scores: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    if triton_is_missing():
+        return reference.select_above(scores, limits)
+    from apportion.ops.select import cuda
+
+    return cuda.select_above(scores, limits)
 
 
 def _fake(scores: Tensor, entries: int | torch.SymInt | None = None) -> tuple[Tensor, Tensor]:
