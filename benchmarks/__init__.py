@@ -7,3 +7,8 @@
 
 Not part of the wheel. A benchmark claims ratios only: everything in one race is measured side by side in one run.
 """
+
+import os
+
+# torch's profiler writes a line to stderr at every start and stop unless it is told not to before torch is imported.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

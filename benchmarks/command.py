@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure apportion against the physical limit and against other libraries, side by side in one run.",
+        description="Measure apportion against the physical limit and other libraries, side by side in one run.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run (default: all), or {PLOT!r}")
     parser.add_argument("--list", action="store_true", help="say what there is")

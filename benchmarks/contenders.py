@@ -17,7 +17,7 @@ from apportion.training.loop import _Steps
 from apportion.training.optimizer import build_optimizer
 from apportion.training.run import Run
 from benchmarks.problem import LEARNING_RATE, Problem
-from benchmarks.registry import Case, timed
+from benchmarks.registry import Case, Unavailable, timed
 
 Precision = Literal["float32", "bfloat16"]
 BARE = "bare product"
@@ -52,7 +52,7 @@ class Contender:
     Attributes:
         label: its name.
         includes: what exactly a step of it includes.
-        build: sets it up for a problem. Raises ImportError where its library cannot be imported.
+        build: sets it up for a problem. Raises `Unavailable` where it cannot run.
     """
 
     label: str
@@ -146,7 +146,7 @@ def enter(contenders: Iterable[Contender], problem: Problem) -> tuple[list[Case]
     for each in contenders:
         try:
             step = each.build(problem)
-        except ImportError as error:
+        except Unavailable as error:
             skipped[each.label] = str(error)
             continue
         cases.append(Case(each.label, timed(_on_batches(step, problem)), each.includes))

@@ -66,7 +66,9 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
         plain = Case(
             _BASELINE, _with_rate(timed(forward), contexts * context), "all blocks and the head, tokens given as ids"
         )
-        return Race([plain, harvesting(f"layers.{last}.residual"), harvesting(f"layers.{last // 2}.residual")], _BASELINE)
+        return Race(
+            [plain, harvesting(f"layers.{last}.residual"), harvesting(f"layers.{last // 2}.residual")], _BASELINE
+        )
 
     return [RacePlan("harvest", {"contexts": contexts, "context": context, "batch": batch}, build)]
 

@@ -23,7 +23,9 @@ from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, bench
 _STEPS = 3
 
 
-@benchmark("memory", "how much memory does a training step need beyond weights and optimiser?", rounds=1, share=3, warm_ups=0)
+@benchmark(
+    "memory", "how much memory does a training step need beyond weights and optimiser?", rounds=1, share=3, warm_ups=0
+)
 def plans(smoke: bool) -> Sequence[RacePlan]:
     """One race of everybody; the bare product's extra is one matrix of scores, so ratios count such matrices."""
     if not Path("/proc/self/clear_refs").exists():
@@ -39,7 +41,7 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
             try:
                 # Only to see whether it can be: the measurement is in another process.
                 each.build(Problem(SMOKE))
-            except ImportError as error:
+            except Unavailable as error:
                 skipped[each.label] = str(error)
                 continue
             cases.append(Case(each.label, _in_fresh_process(each.label, shape), each.includes))

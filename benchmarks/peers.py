@@ -10,7 +10,8 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import Contender, TrainingStep
-from benchmarks.problem import LEARNING_RATE, Problem
+from benchmarks.problem import LEARNING_RATE, SMOKE, Problem
+from benchmarks.registry import Unavailable
 
 
 def peers() -> list[Contender]:
@@ -27,12 +29,14 @@ def peers() -> list[Contender]:
     saelens = "training_forward_pass, backward, Adam; without the trainer's clipping and firing statistics"
     learning = "the trainer's update(): forward, backward, gradient projection, clipping, Adam, normalisation"
     complete = "train_sae() on one batch, squared error: forward (BatchNorm encoder), backward, clipping, Adam"
-    return [
+    known = [
         Contender("sparsify", sparsify.format("plain"), _sparsify),
         Contender("sparsify, fused Adam", sparsify.format("fused"), partial(_sparsify, fused=True)),
         Contender("SAELens TopK", saelens, partial(_saelens, kind="TopK")),
         Contender(
-            "SAELens TopK, sparse", f"use_sparse_activations=True; {saelens}", partial(_saelens, kind="TopK sparse")
+            "SAELens TopK, sparse",
+            f"use_sparse_activations=True, rescale_acts_by_decoder_norm=False; {saelens}",
+            partial(_saelens, kind="TopK sparse"),
         ),
         Contender("SAELens BatchTopK", saelens, partial(_saelens, kind="BatchTopK")),
         Contender("dictionary_learning TopK", learning, partial(_dictionary_learning, kind="TopK")),
@@ -40,11 +44,29 @@ def peers() -> list[Contender]:
         Contender("overcomplete TopK", complete, partial(_overcomplete, kind="TopK")),
         Contender("overcomplete BatchTopK", complete, partial(_overcomplete, kind="BatchTopK")),
     ]
+    return [replace(each, build=_tried(each.build)) for each in known]
 
 
 def peer(label: str) -> Contender:
     """The peer of that label."""
     return next(each for each in peers() if each.label == label)
+
+
+def _tried(build: Callable[[Problem], TrainingStep]) -> Callable[[Problem], TrainingStep]:
+    """A peer that does not work here must say so before the race begins, rather than end it."""
+
+    def tried(problem: Problem) -> TrainingStep:
+        trial = Problem(SMOKE)
+        try:
+            build(trial).take(trial.batch(0))
+        except ImportError as error:
+            raise Unavailable(str(error)) from error
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise Unavailable(f"its step fails here ({type(error).__name__}: {reason[:160]})") from error
+        return build(problem)
+
+    return tried
 
 
 def _sparsify(problem: Problem, fused: bool | None = None) -> TrainingStep:
@@ -81,8 +103,10 @@ def _saelens(problem: Problem, kind: str) -> TrainingStep:
     if kind == "BatchTopK":
         sae = batch.BatchTopKTrainingSAE(batch.BatchTopKTrainingSAEConfig(**sizes))
     else:
-        sparse = kind == "TopK sparse"
-        sae = topk.TopKTrainingSAE(topk.TopKTrainingSAEConfig(**sizes, use_sparse_activations=sparse))
+        if kind == "TopK sparse":
+            # With rescaling, torch 2.13 has no gradient for what the sparse codes go through.
+            sizes |= {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}
+        sae = topk.TopKTrainingSAE(topk.TopKTrainingSAEConfig(**sizes))
     sae.W_enc.data.copy_(problem.directions.T)
     sae.W_dec.data.copy_(problem.directions)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LEARNING_RATE)

@@ -60,7 +60,7 @@ class RacePlan:
 
 
 class Unavailable(Exception):
-    """A benchmark cannot run here; says why."""
+    """A benchmark or a contender cannot run here; says why."""
 
 
 @dataclass(frozen=True)

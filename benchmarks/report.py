@@ -24,7 +24,9 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
     small, large = (20, 200) if smoke else (2_000, 20_000)
 
     def build() -> Race:
-        cases = [Case(_label(size), _written(made_up(size)), "write_report: tables, blocks, HTML") for size in (small, large)]
+        cases = [
+            Case(_label(size), _written(made_up(size)), "write_report: tables, blocks, HTML") for size in (small, large)
+        ]
         return Race(cases, _label(small))
 
     return [RacePlan("report", {"features": large, "windows": _TOP + _QUANTILES * _PER_QUANTILE}, build)]

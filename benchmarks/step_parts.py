@@ -12,7 +12,7 @@ from functools import wraps
 from typing import Any
 from unittest import mock
 
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.autograd.profiler import profile, record_function
 
 from apportion.allocate import FeatureChoice, MutualChoice, Rule, TokenChoice
 from apportion.features.dictionary import SparseAutoencoder
@@ -68,12 +68,13 @@ def _profiled(problem: Problem, rule: Rule) -> Callable[[int], Sample]:
     _, steps = training_run(problem, rule, "float32")
 
     def measure(turn: int) -> Sample:
-        with labelled(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        # Without kineto: it writes to stderr whenever it starts, and nothing here runs on an accelerator.
+        with labelled(), profile(use_kineto=False) as profiler:
             started = time.perf_counter()
             steps.take(problem.batch(turn))
             seconds = time.perf_counter() - started
         spent: Counter[str] = Counter()
-        for event in profiler.events():
+        for event in profiler.function_events or ():
             spent[part_of(names_around(event))] += event.self_cpu_time_total / 1e6
         # Python between the ops belongs to no event.
         spent["rest"] += max(seconds - sum(spent.values()), 0.0)
