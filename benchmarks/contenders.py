@@ -38,11 +38,10 @@ class TrainingStep:
     optimizer: torch.optim.Optimizer | None = None
 
     def state_bytes(self) -> dict[str, int]:
-        """Bytes of the weights, of the optimiser's state, and of the gradients that are there now."""
+        """Bytes of the weights and of the optimiser's state."""
         state = self.optimizer.state.values() if self.optimizer is not None else ()
         tensors = [each for entry in state for each in entry.values() if isinstance(each, Tensor)]
-        gradients = [each.grad for each in self.parameters if each.grad is not None]
-        return {"weights": _bytes(self.parameters), "optimizer": _bytes(tensors), "gradients": _bytes(gradients)}
+        return {"weights": _bytes(self.parameters), "optimizer": _bytes(tensors)}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from apportion.data import corpus
+from apportion.data import Document, corpus
 from apportion.errors import InputError
 from apportion.models import ActivationStore, harvest, load
 from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, benchmark, timed
@@ -16,7 +16,7 @@ _MODEL, _BATCH, _CONTEXT = "smollm2", 16, 128
 _BASELINE = "transformers forward"
 
 
-@benchmark("harvest", "how many tokens a second are harvested?", rounds=4, share=2)
+@benchmark("harvest", "how many tokens a second are harvested?", rounds=3, share=2)
 def plans(smoke: bool) -> Sequence[RacePlan]:
     """One race, in float32; the last block's site costs all blocks, the middle one's about half."""
     try:
@@ -30,7 +30,7 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
 
     def build() -> Race:
         last = lm.model.config.num_hidden_layers - 1
-        documents = corpus("english")
+        documents = _enough_text(contexts * context)
 
         def harvested(site: str, folder: Path) -> ActivationStore:
             return harvest(
@@ -66,11 +66,22 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
         plain = Case(
             _BASELINE, _with_rate(timed(forward), contexts * context), "all blocks and the head, tokens given as ids"
         )
-        return Race(
-            [plain, harvesting(f"layers.{last}.residual"), harvesting(f"layers.{last // 2}.residual")], _BASELINE
-        )
+        sites = [f"layers.{block}.residual" for block in (last, last // 2)]
+        return Race([plain, *map(harvesting, sites)], _BASELINE)
 
     return [RacePlan("harvest", {"contexts": contexts, "context": context, "batch": batch}, build)]
+
+
+def _enough_text(tokens: int) -> list[Document]:
+    """Documents in memory, so that reading a corpus is not counted; no token is longer than 16 characters on average."""
+    documents: list[Document] = []
+    characters = 0
+    for document in corpus("english"):
+        documents.append(document)
+        characters += len(document.text)
+        if characters > 16 * tokens:
+            break
+    return documents
 
 
 def _with_rate(measure: Callable[[int], Sample], tokens: int) -> Callable[[int], Sample]:

@@ -51,12 +51,14 @@ class RacePlan:
         shape: sizes of the problem.
         build: sets it up.
         varies: the entry of ``shape`` that a series of races changes, if it belongs to one.
+        share: of the benchmark's time, relative to its other races.
     """
 
     title: str
     shape: Mapping[str, int]
     build: Callable[[], Race]
     varies: str | None = None
+    share: float = 1.0
 
 
 class Unavailable(Exception):

@@ -18,15 +18,14 @@ _TOP, _QUANTILES, _PER_QUANTILE, _WINDOW = 10, 4, 3, 25
 _VOCABULARY, _CONTEXT, _TOKENS = 49_152, 128, 1_000_000
 
 
-@benchmark("report", "how long does a report take to write, and how large is it?", rounds=2, share=2, warm_ups=0)
+@benchmark("report", "how long does a report take to write, and how large is it?", rounds=3, share=1.5, warm_ups=0)
 def plans(smoke: bool) -> Sequence[RacePlan]:
     """One race of two sizes: the ratio says whether cost grows faster than features."""
     small, large = (20, 200) if smoke else (2_000, 20_000)
 
     def build() -> Race:
-        cases = [
-            Case(_label(size), _written(made_up(size)), "write_report: tables, blocks, HTML") for size in (small, large)
-        ]
+        includes = "write_report: tables, blocks, HTML"
+        cases = [Case(_label(size), _written(made_up(size)), includes) for size in (small, large)]
         return Race(cases, _label(small))
 
     return [RacePlan("report", {"features": large, "windows": _TOP + _QUANTILES * _PER_QUANTILE}, build)]

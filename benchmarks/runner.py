@@ -74,7 +74,8 @@ def _run_one(each: Benchmark, smoke: bool, rounds: int | None, until: float, say
     result["shape"] = dict(plans[0].shape)
     wanted = rounds or (2 if smoke else each.rounds)
     for place, plan in enumerate(plans):
-        race_until = time.monotonic() + max(until - time.monotonic(), 0.0) / (len(plans) - place)
+        share = plan.share / sum(later.share for later in plans[place:])
+        race_until = time.monotonic() + share * max(until - time.monotonic(), 0.0)
         result["races"].append(_run_race(plan, wanted, each.warm_ups, race_until, say))
     for race in result["races"]:
         prefix = f"{race['title']}: " if len(plans) > 1 else ""
@@ -128,7 +129,7 @@ def interleaved(race: Race, rounds: int, warm_ups: int, until: float) -> dict[st
 
 def summaries(race: Race, samples: Mapping[str, Sequence[Sample]]) -> list[dict[str, Any]]:
     """Each case with all samples, medians, quartiles, and its ratio: median over the baseline's median."""
-    cases = []
+    cases: list[dict[str, Any]] = []
     for case in race.cases:
         by_quantity = {name: [each[name] for each in samples[case.label]] for name in samples[case.label][0]}
         cases.append(

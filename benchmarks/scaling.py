@@ -39,5 +39,7 @@ def _plan(shape: Shape, axis: str | None, peers: bool = False) -> RacePlan:
         cases, skipped = enter(contenders, Problem(shape))
         return Race(cases, BARE, skipped=skipped)
 
+    # The product's size, and four times it where peers run: they are several times slower.
+    share = float(shape.tokens * shape.features * shape.width * (4 if peers else 1))
     title = f"{axis} {getattr(shape, axis):,}" if axis else "usual shape"
-    return RacePlan(title, shape.as_dict(), build, varies=axis)
+    return RacePlan(title, shape.as_dict(), build, varies=axis, share=share)

@@ -6,7 +6,6 @@ the part that the innermost op around it stands for; what no part claims is the 
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
@@ -73,7 +72,7 @@ def _profiled(problem: Problem, rule: Rule) -> Callable[[int], Sample]:
             started = time.perf_counter()
             steps.take(problem.batch(turn))
             seconds = time.perf_counter() - started
-        spent: Counter[str] = Counter()
+        spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for event in profiler.function_events or ():
             spent[part_of(names_around(event))] += event.self_cpu_time_total / 1e6
         # Python between the ops belongs to no event.
