@@ -73,7 +73,7 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
 
 
 def _enough_text(tokens: int) -> list[Document]:
-    """Documents in memory, so that reading a corpus is not counted; no token is longer than 16 characters on average."""
+    """Documents in memory, so that reading a corpus is not counted; 16 characters a token are more than enough."""
     documents: list[Document] = []
     characters = 0
     for document in corpus("english"):
