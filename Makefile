@@ -33,6 +33,7 @@ demo: venv ## harvest SmolLM2, train three dictionaries at equal budget, write d
 	@echo "open demo/report.html in a browser"
 
 bench: peers ## measure speed and memory (15 minutes, on an idle machine), then write docs/performance.md
+	$(BIN)/apportion fetch smollm2
 	$(BIN)/python -m benchmarks --plots
 
 test: venv ## run the tests with coverage (a single file: .venv/bin/pytest tests/test_import.py)

@@ -135,6 +135,7 @@ def _dictionary_learning(problem: Problem, kind: str) -> TrainingStep:
         layer=0,
         lm_name="none",
         lr=LEARNING_RATE,
+        warmup_steps=0,
         device="cpu",
     )
     trainer.ae.encoder.weight.data.copy_(problem.directions)

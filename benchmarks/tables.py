@@ -24,7 +24,7 @@ def cells(race: dict[str, Any]) -> list[list[str]]:
     """Headings and rows of a race: median, quartiles and ratio of what it is about, medians of all else."""
     main = race["quantity"]
     others = list(dict.fromkeys(name for case in race["cases"] for name in case["median"] if name != main))
-    rows = [["", main.removesuffix(" bytes"), "quartiles", f"× {race['baseline']}"]]
+    rows = [["", "median", "quartiles", f"× {race['baseline']}"]]
     rows[0] += [name.removesuffix(" bytes").removesuffix(" seconds") for name in others]
     for case in race["cases"]:
         low, high = (shown(main, value) for value in case["quartiles"][main])
