@@ -79,7 +79,16 @@ def _section(result: Result, images: Path) -> str:
         lines += [f"**{heading(result, race)}**", "", markdown(race), ""]
         skipped |= race["skipped"]
     lines += [f"- {label}: not measured, {reason}" for label, reason in skipped.items()]
+    # The others measure the same steps.
+    lines += _what_is_included(result["races"][0]) if result["name"] in ("step", "harvest", "report") else []
     return "\n".join(lines)
+
+
+def _what_is_included(race: Race) -> list[str]:
+    labels: dict[str, list[str]] = {}
+    for case in race["cases"]:
+        labels.setdefault(case["includes"], []).append(case["label"])
+    return [f"- {'; '.join(those)}: {includes}" for includes, those in labels.items()]
 
 
 def _provenance(result: Result) -> str:

@@ -256,6 +256,7 @@ def test_the_page_shows_newest_results_and_says_what_is_missing(docs: Path, tmp_
     assert "Not measured yet: run `python -m benchmarks memory`" in text
     assert "sparsify: not measured, sparsify cannot be imported" in text
     assert "| apportion MutualChoice bf16 |" in text
+    assert "- apportion TokenChoice; apportion MutualChoice;" in text
     pictures = {path.name for path in (docs / "images").iterdir()}
     assert pictures == {"performance-step.svg", "performance-step-parts.svg", "performance-scaling-features.svg"}
     assert all(f"(images/{name})" in text for name in pictures)
