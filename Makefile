@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv peers demo test lint format docs clean
+.PHONY: help venv peers demo bench test lint format docs clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ demo: venv ## harvest SmolLM2, train three dictionaries at equal budget, write d
 		--rules topk,mutual,feature --features 2304 --budget 32 --batch-size 2048 --steps 250 --learning-rate 3e-3 \
 		--seed 0 --out demo
 	@echo "open demo/report.html in a browser"
+
+bench: peers ## measure speed and memory (15 minutes, on an idle machine), then write docs/performance.md
+	$(BIN)/apportion fetch smollm2
+	$(BIN)/python -m benchmarks --plots
 
 test: venv ## run the tests with coverage (a single file: .venv/bin/pytest tests/test_import.py)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term

@@ -1,0 +1,6 @@
+"""Importing this fills the registry, in the order in which benchmarks run."""
+
+import importlib
+
+for _name in ("step", "step_parts", "scaling", "memory", "harvest", "report"):
+    importlib.import_module(f"benchmarks.{_name}")

@@ -1,0 +1,128 @@
+"""How much memory a training step needs beyond the weights and the optimiser's state.
+
+Each case runs in a fresh process, so that nothing another library keeps is counted. The process imports, takes steps
+at a tiny size (compiled kernels, thread pools), makes the data, and only then starts to count: the peak of its resident
+memory while it builds the model and takes a few steps, above what was resident before.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.contenders import BARE, Contender, bare, ours
+from benchmarks.machine import ROOT
+from benchmarks.peers import peers
+from benchmarks.problem import SMOKE, USUAL, Problem, Shape
+from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, benchmark
+
+_STEPS = 3
+
+
+@benchmark("memory", "how much memory does a step need beyond weights and optimiser?", rounds=1, share=4, warm_ups=0)
+def plans(smoke: bool) -> Sequence[RacePlan]:
+    """One race of everybody; the bare product's extra is one matrix of scores, so ratios count such matrices."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise Unavailable("peak memory is read from /proc, which this system does not have")
+    shape = SMOKE if smoke else USUAL
+
+    def build() -> Race:
+        contenders = everybody(shape)
+        if smoke:
+            contenders = contenders[:2]
+        cases, skipped = [], {}
+        for each in contenders:
+            try:
+                # Only to see whether it can be: the measurement is in another process.
+                each.build(Problem(SMOKE))
+            except Unavailable as error:
+                skipped[each.label] = str(error)
+                continue
+            cases.append(Case(each.label, _in_fresh_process(each.label, shape), each.includes))
+        return Race(cases, BARE, "extra bytes", skipped)
+
+    return [RacePlan("memory", shape.as_dict(), build)]
+
+
+def everybody(shape: Shape) -> list[Contender]:
+    """What is compared."""
+    # A fused optimiser changes time, not memory.
+    others = [each for each in peers() if "fused" not in each.label]
+    return [bare(), *ours(shape.budget), *ours(shape.budget, "bfloat16"), *others]
+
+
+def _in_fresh_process(label: str, shape: Shape) -> Callable[[int], Sample]:
+    def measure(turn: int) -> Sample:
+        asked = json.dumps({"label": label, "shape": shape.as_dict(), "threads": torch.get_num_threads()})
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", asked],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+            check=False,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"measuring the memory of {label} failed:\n{done.stderr[-2000:]}")
+        answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    return measure
+
+
+def peak_of(label: str, shape: Shape) -> dict[str, float]:
+    """Measure one contender in this process, which must be a fresh one."""
+    contender = next(each for each in everybody(shape) if each.label == label)
+    _take_steps(next(each for each in everybody(SMOKE) if each.label == label), Problem(SMOKE))
+    problem = Problem(shape)
+    problem.directions  # noqa: B018  made here, since it is data and not the contender's
+    _give_back_freed_memory()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here
+    state = _take_steps(contender, problem)
+    peak = _resident("VmHWM") - before
+    return {
+        "extra bytes": max(peak - state["weights"] - state["optimizer"], 0),
+        "peak bytes": peak,
+        "weights bytes": state["weights"],
+        "optimizer bytes": state["optimizer"],
+        "scores bytes": shape.scores_bytes,
+    }
+
+
+def _take_steps(contender: Contender, problem: Problem) -> dict[str, int]:
+    step = contender.build(problem)
+    for turn in range(_STEPS):
+        step.take(problem.batch(turn))
+    return step.state_bytes()
+
+
+def _give_back_freed_memory() -> None:
+    """What making the data left behind would otherwise be used again, and not counted."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others keep less
+    if trim is not None:
+        trim(0)
+
+
+def _resident(entry: str) -> int:
+    """Bytes of resident memory now (``VmRSS``) or at its peak (``VmHWM``)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(entry + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {entry}")
+
+
+def _child(asked: str) -> None:
+    question = json.loads(asked)
+    torch.set_num_threads(question["threads"])
+    print(json.dumps(peak_of(question["label"], Shape(**question["shape"]))))
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1])
