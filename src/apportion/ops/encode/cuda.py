@@ -78,7 +78,7 @@ def _collect(
         is_within = within < width - start
         ours = tl.load(left, mask=is_row[:, None] & is_within[None, :], other=0.0)
         theirs = tl.load(right, mask=is_column[None, :] & is_within[:, None], other=0.0)
-        product = tl.dot(ours.to(OPERAND), theirs.to(OPERAND), product, input_precision="ieee")
+        product = tl.dot(ours.to(OPERAND), theirs.to(OPERAND), product, input_precision="ieee", out_dtype=SUM)
         left += WIDTH
         right += WIDTH
 
