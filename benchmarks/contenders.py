@@ -12,7 +12,7 @@ from apportion.allocate import FeatureChoice, MutualChoice, Rule, TokenChoice
 from apportion.features import fitting
 from apportion.features.fitting import Recipe, fit_dictionary
 from apportion.features.mutual_feature_choice import Phases
-from apportion.training import TrainingResult
+from apportion.training import Processes, TrainingResult
 from apportion.training.loop import _Steps
 from apportion.training.optimizer import build_optimizer
 from apportion.training.run import Run
@@ -116,7 +116,8 @@ def training_run(problem: Problem, rule: Rule, precision: Precision) -> tuple[Ru
             decay_fraction=0.0,
         )
     module, settings = handed_over["module"], handed_over["settings"]
-    run = Run(module.train(), build_optimizer(module, settings, handed_over.get("optimizer")), settings, None, {})
+    optimizer = build_optimizer(module, settings, handed_over.get("optimizer"))
+    run = Run(module.train(), optimizer, settings, None, {}, Processes())
     return run, _Steps(run, handed_over["objective"], handed_over["hooks"])
 
 
