@@ -135,14 +135,16 @@ def count_bytes(mesh: Mesh) -> dict[str, list[int]]:
 
     dist.all_reduce, dist.all_gather = reduce_and_count, gather_and_count
     found = {}
-    for rule in RULES:
+    # So few winners that the auxiliary loss always has features to revive.
+    rules = {**RULES, "TokenChoice": TokenChoice(1)}
+    for rule in rules:
         for auxiliary in ("none", "dead"):
             totals = []
             # The difference between two steps and one is a step, of the final phase and without a refresh.
             for stop_after in (2, 1):
                 counted.update(feature=0, data=0)
                 planned = Recipe(
-                    RULES[rule],
+                    rules[rule],
                     n_features=40,
                     steps=8,
                     batch_size=48,
