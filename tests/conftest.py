@@ -1,6 +1,11 @@
 """What every test may rely on: checked shapes, one thread, no network, a tiny model."""
 
 import os
+import signal
+
+# A shell starts what it puts in the background with Ctrl-C ignored, which processes started from here would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two pytest workers share two cores; torch reads this once, when it is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
