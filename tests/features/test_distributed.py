@@ -21,6 +21,11 @@ def trained() -> dict[str, dict[str, float]]:
     return run_script(SCRIPT, "equal")
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_script(SCRIPT, "others", str(tmp_path_factory.mktemp("runs")))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["2x1", "1x2", "2x2"])
 @pytest.mark.parametrize("rule", ["TokenChoice", "MutualChoice", "FeatureChoice"])
@@ -36,7 +41,7 @@ def test_losses_weights_statistics_and_thresholds_equal_those_of_one_process(mes
 
 
 @pytest.mark.slow
-def test_a_step_moves_the_bytes_that_the_formula_says():
+def test_a_step_moves_the_bytes_that_the_formula_says(others: dict[str, Any]):
     tokens, features, width = 24, 20, 12  # of each process, on a mesh of 2 x 2
     over_feature = 4 * tokens * width + 4 * width + 36
     over_data = 8 * features * width + 12 * features + 8 * width + 48
@@ -51,12 +56,12 @@ def test_a_step_moves_the_bytes_that_the_formula_says():
         bare = [over_feature + along_feature, over_data + along_data]
         expected[f"{rule} none"] = bare
         expected[f"{rule} dead"] = [bare[0] + auxiliary[0], bare[1] + auxiliary[1]]
-    assert run_script(SCRIPT, "bytes") == [expected] * 4
+    assert others["bytes"] == [expected] * 4
 
 
 @pytest.mark.slow
-def test_what_four_processes_saved_four_two_and_one_go_on_with(tmp_path: Path):
-    report: dict[str, Any] = run_script(SCRIPT, "checkpoints", str(tmp_path))
+def test_what_four_processes_saved_four_two_and_one_go_on_with(others: dict[str, Any]):
+    report = others["checkpoints"]
     files = [name for name in report.pop("files") if Path(name).suffix]
     assert {Path(name).suffix for name in files} == {".safetensors", ".json", ".jsonl"}
     assert len([name for name in files if name.endswith(".safetensors")]) == 8
@@ -74,10 +79,10 @@ def test_a_rank_that_is_killed_is_started_again_and_the_run_ends_as_if_undisturb
 
 
 @pytest.mark.slow
-def test_parameters_are_shown_as_dtensors_of_the_whole_shape_and_rules_without_a_budget_refused():
+def test_parameters_are_shown_as_dtensors_of_the_whole_shape_and_rules_without_a_budget_refused(others: dict[str, Any]):
     # 37 features over 4 processes, cut as torch.chunk does.
     placements = "(Replicate(), Shard(dim=0))"
-    assert run_script(SCRIPT, "shards") == [[[37, 12], placements, here] for here in (10, 10, 10, 7)]
+    assert others["shards"] == [[[37, 12], placements, here] for here in (10, 10, 10, 7)]
 
 
 @pytest.mark.parametrize(("features", "width"), [(8192, 3), (8193, 3), (13_001, 7), (5, 3), (1, 1)])
