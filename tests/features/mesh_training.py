@@ -201,7 +201,7 @@ def killed(folder: Path) -> dict[str, Any]:
         )
 
     expected = on_mesh(1, 2, undisturbed)[0]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     script = Path(__file__).parent / "torchrun_killed.py"
     # Without it restarted processes may find the addresses of the dead ones (pytorch issue 135712).
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
