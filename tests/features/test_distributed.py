@@ -2,13 +2,19 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from apportion.features.distributed import _directions
+from apportion.allocate import FeatureChoice, Mesh, MutualChoice, Rule, Threshold, TokenChoice
+from apportion.errors import InputError
+from apportion.features import Phases, Recipe, fit_dictionary
+from apportion.features.distributed import _directions, fit_dictionary_over_mesh
 from forked_ranks import run_script
 
 SCRIPT = Path(__file__).parent / "mesh_training.py"
@@ -85,6 +91,64 @@ def test_parameters_are_shown_as_dtensors_of_the_whole_shape_and_rules_without_a
     # 37 features over 4 processes, cut as torch.chunk does.
     placements = "(Replicate(), Shard(dim=0))"
     assert others["shards"] == [[[37, 12], placements, here] for here in (10, 10, 10, 7)]
+
+
+@pytest.fixture
+def mesh_of_one() -> Iterator[Mesh]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Mesh.of(data=1, feature=1)
+    dist.destroy_process_group()
+
+
+def batches(step: int) -> Tensor:
+    return torch.randn(40, 8, generator=torch.Generator().manual_seed(step))
+
+
+@pytest.mark.parametrize("rule", [TokenChoice(2), MutualChoice(2), FeatureChoice(2)], ids=lambda rule: str(rule)[:12])
+def test_a_mesh_of_one_process_trains_the_same_and_resumes_exactly(rule: Rule, mesh_of_one: Mesh, tmp_path: Path):
+    recipe = Recipe(rule, n_features=30, steps=6, batch_size=40, dead_after=1, phases=Phases(refresh_every=2))
+    options = {"calibration": lambda: [batches(9)], "progress": False, "folder": tmp_path}
+    alone, expected = fit_dictionary(recipe, batches, 8, **{**options, "folder": None})
+    fit_dictionary_over_mesh(recipe, batches, 8, mesh_of_one, **options, stop_after=4)
+    found, result = fit_dictionary_over_mesh(recipe, batches, 8, mesh_of_one, **options)
+    assert result.resumed_from == 4
+    for record, other in zip(expected.history, result.history, strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    for name, tensor in alone.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-4, atol=TOLERANCE, equal_nan=True)
+
+
+def test_what_several_processes_wrote_is_not_mistaken_for_what_one_did(mesh_of_one: Mesh, tmp_path: Path):
+    recipe = Recipe(TokenChoice(2), n_features=30, steps=4, batch_size=40)
+    fit_dictionary(recipe, batches, 8, progress=False, folder=tmp_path / "alone", stop_after=2)
+    fit_dictionary_over_mesh(recipe, batches, 8, mesh_of_one, progress=False, folder=tmp_path / "mesh", stop_after=2)
+    with pytest.raises(InputError, match="without a mesh"):
+        fit_dictionary_over_mesh(recipe, batches, 8, mesh_of_one, progress=False, folder=tmp_path / "alone")
+    with pytest.raises(InputError, match="go on over a mesh"):
+        fit_dictionary(recipe, batches, 8, progress=False, folder=tmp_path / "mesh")
+
+
+def test_a_damaged_part_is_noticed_and_the_checkpoint_before_it_used(mesh_of_one: Mesh, tmp_path: Path):
+    recipe = Recipe(TokenChoice(2), n_features=30, steps=6, batch_size=40)
+    options = {"progress": False, "folder": tmp_path, "checkpoint_every": 2}
+    fit_dictionary_over_mesh(recipe, batches, 8, mesh_of_one, **options, stop_after=4)
+    (part,) = (tmp_path / "checkpoints" / "step-00000004" / "module").iterdir()
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        _, result = fit_dictionary_over_mesh(recipe, batches, 8, mesh_of_one, **options)
+    assert result.resumed_from == 2
+
+
+def test_a_mesh_must_fit_the_job(mesh_of_one: Mesh):
+    with pytest.raises(ValueError, match="does not fit the job"):
+        Mesh.of(data=2, feature=1)
+
+
+def test_rules_without_a_budget_are_refused_over_a_mesh(mesh_of_one: Mesh):
+    with pytest.raises(InputError, match="train others with fit_dictionary"):
+        fit_dictionary_over_mesh(Recipe(Threshold(0.0), 8, 1), batches, 8, mesh_of_one)
 
 
 @pytest.mark.parametrize(("features", "width"), [(8192, 3), (8193, 3), (13_001, 7), (5, 3), (1, 1)])
