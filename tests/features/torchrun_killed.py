@@ -1,6 +1,6 @@
 """Not a test: what torchrun starts in test_distributed.py. Rank 1 kills itself in mid-run, the first time round.
 
-torchrun --nproc-per-node 2 --max-restarts 1 torchrun_killed.py FOLDER
+torchrun --nproc-per-node 2 --max-restarts 3 torchrun_killed.py FOLDER
 """
 
 import json
@@ -40,4 +40,6 @@ sae, result = fit_dictionary_over_mesh(
 if rank == 0:
     found = outcome(sae, result) | {"restarts": restarts, "resumed_from": result.resumed_from}
     (folder / "outcome.json").write_text(json.dumps(found))
+# Nobody leaves while another still listens to it.
+dist.barrier()
 dist.destroy_process_group()

@@ -26,8 +26,7 @@ of the encoder bias, of the decoder bias with the mean of the batch, and the fir
 `apportion.allocate.mesh`, is 512 N + 4 over feature and 4 over data (TokenChoice), 40,964 over both (MutualChoice), or
 516 F over data (FeatureChoice). The auxiliary loss adds ``4 N d + 512 N + 8`` over feature and ``4 d + 24`` over data.
 Every ``refresh_every`` steps 4 F bytes are gathered over feature, once for the densities and once for Feature Choice's
-demand. A ring all-reduce over
-n processes sends ``2 (n - 1) / n`` times these bytes.
+demand. A ring all-reduce over n processes sends ``2 (n - 1) / n`` times these bytes.
 """
 
 from collections.abc import Callable, Iterable
