@@ -32,7 +32,7 @@ demo: venv ## harvest SmolLM2, train three dictionaries at equal budget, write d
 		--seed 0 --out demo
 	@echo "open demo/report.html in a browser"
 
-bench: peers ## measure speed and memory (15 minutes, on an idle machine), then write docs/performance.md
+bench: peers ## measure speed and memory on an idle machine, then write docs/performance.md
 	$(BIN)/apportion fetch smollm2
 	$(BIN)/python -m benchmarks --plots
 

@@ -31,7 +31,7 @@ from apportion.models import LanguageModel, Site, splice
 
 _CONTEXTS_AT_ONCE = 16
 _DIFFICULTY_GROUPS = 10
-_SINK = 4.0  # times the median norm; the norms of other tokens stay well below twice the median
+_SINK = 4.0  # times the median norm; on SmolLM2, layer 15, no token of 162,000 of code reached twice the median
 
 
 @runtime_checkable

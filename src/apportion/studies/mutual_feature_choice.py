@@ -6,7 +6,9 @@ SmolLM2, dictionaries of equal width, budget, steps and data order are compared 
 
 Effort is equal. On the synthetic dictionary every method has the same grid of learning rates and of weights of its
 auxiliary loss (aux_k for TopK, aux_zipf for the paper's methods), each tried at full length on a seed that is used for
-nothing else. On the model every rule has the same grid of learning rates, tried on documents outside the test.
+nothing else. On the model every rule has the same grid of learning rates, tried on documents outside the test. There
+TopK and Mutual Choice have no auxiliary loss, but for the two conditions that compare such losses; Feature Choice has
+aux_zipf, which keeps features alive in its first phase.
 
 A third condition starts training at the true directions. It separates what the rules choose from what training finds
 with them, and it is where the figures of the sheet's pilot come out (the seeds of its initial directions and of its
@@ -33,6 +35,7 @@ from apportion.models import ActivationStore, LanguageModel, Site, cache_dir, ha
 from apportion.models.activations import StoreView
 from apportion.report import plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
+from apportion.studies.machine import machine
 from apportion.studies.workbench import Workbench
 
 CLAIM = (
@@ -129,8 +132,6 @@ _SIZES: dict[Scale, _Size] = {
 
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
-    from apportion.studies.run import machine
-
     size = _SIZES[scale]
     with _one_thread():
         rows, comparisons, notes = _on_synthetic(size.synthetic, seeds, bench)

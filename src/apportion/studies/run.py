@@ -1,6 +1,5 @@
 """Run studies, keep what they found, and write the page of results."""
 
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +91,6 @@ def write_results(folder: Path | str) -> Path:
     with write_atomically(folder / "results.md") as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "results.md"
-
-
-def machine() -> str:
-    """The machine in a line."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = f"{len(names)} x {names[0]}" if names else name
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{name}{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
 def _section(finding: Finding, paper: str, folder: Path) -> list[str]:
