@@ -4,15 +4,18 @@ Every op is a ``torch.library`` custom op (``torch.ops.apportion.<name>``) with 
 where it is differentiable, a registered gradient. On devices without a kernel of their own the reference runs.
 """
 
+from apportion.ops.adam import adam_step_, project_rows_
 from apportion.ops.csr import csr_matmul, csr_sampled_product, csr_transposed_matmul
 from apportion.ops.encode import encode_select
 from apportion.ops.select import select_above, select_columns, select_rows, select_total
 
 __all__ = [
+    "adam_step_",
     "csr_matmul",
     "csr_sampled_product",
     "csr_transposed_matmul",
     "encode_select",
+    "project_rows_",
     "select_above",
     "select_columns",
     "select_rows",
