@@ -1,4 +1,4 @@
-"""A step of Adam in one pass is torch's, whether the gradient is whole or compact, and the projection its definition."""
+"""A step of Adam in one pass is torch's, by a whole or a compact gradient, and the projection is its definition."""
 
 from typing import Any
 

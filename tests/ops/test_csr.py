@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from apportion.ops import csr_matmul, csr_sampled_product, csr_transposed_matmul
-from apportion.ops.csr import reference
+from apportion.ops.csr import reference, touched_columns
 
 # Unit roundoffs of the result, with room for sums in another order.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -124,6 +124,47 @@ def test_gradients_equal_those_of_the_references(case: Case, dtype: torch.dtype)
             torch.testing.assert_close(actual.double(), wanted, rtol=tolerance, atol=10 * tolerance)
 
 
+def test_a_sparse_gradient_holds_the_bits_of_the_rows_that_were_used(case: Case, dtype: torch.dtype) -> None:
+    crow, col, _, columns, width = case
+    inputs = [numbers(col.numel(), dtype=dtype), numbers(columns, width, dtype=dtype, seed=2)]
+    whole = gradients(lambda values, dense: csr_matmul(crow, col, values, dense), inputs)
+    found = gradients(lambda values, dense: csr_matmul(crow, col, values, dense, True), inputs)
+    assert found[0].equal(whole[0])
+    assert found[1].layout == torch.sparse_coo
+    assert found[1].is_coalesced()
+    assert found[1].sparse_dim() == 1
+    assert found[1].indices()[0].equal(col.unique())
+    assert found[1].to_dense().equal(whole[1])
+
+
+def test_a_sparse_gradient_takes_no_memory_for_other_rows() -> None:
+    # The whole one would take 8 TB.
+    values = numbers(2, dtype=torch.float32)
+    crow, col = torch.tensor([0, 2]), torch.tensor([5, 10**9])
+    found = touched_columns(crow, col, values, torch.ones(1, 1000), 2 * 10**9)
+    assert found.shape == (2 * 10**9, 1000)
+    assert found.indices().tolist() == [[5, 10**9]]
+    torch.testing.assert_close(found.values(), values.unsqueeze(1).expand(2, 1000))
+
+
+def test_sparse_gradients_add_up() -> None:
+    crow, col = places(6, 9, 0.2)
+    values, dense = numbers(col.numel()), numbers(9, 3, seed=2)
+    upstream = numbers(6, 3, seed=4)
+
+    def added(*sparse: bool) -> Tensor:
+        leaf = dense.clone().requires_grad_()
+        shifted = (col + 1) % 9
+        total = csr_matmul(crow, col, values, leaf, sparse[0]) + csr_matmul(crow, shifted, values, leaf, sparse[1])
+        (total * upstream).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert added(True, True).is_sparse
+    for which in ((True, True), (True, False), (False, True)):
+        torch.testing.assert_close(added(*which).to_dense(), added(False, False))
+
+
 def test_first_and_second_derivatives_are_right() -> None:
     crow, col = places(2, 3, 0.7, seed=3)
     values = numbers(col.numel()).requires_grad_()
@@ -216,6 +257,9 @@ def test_the_ops_keep_torch_librarys_contract(share: float) -> None:
     values = numbers(col.numel()).requires_grad_()
     left, right = numbers(4, 3).requires_grad_(), numbers(5, 3, seed=2).requires_grad_()
     torch.library.opcheck(csr_matmul, (crow, col, values, right))
+    # Tracing has no sparse gradients: what is compiled keeps the whole ones.
+    untraced = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(csr_matmul, (crow, col, values, right, True), test_utils=untraced)
     torch.library.opcheck(csr_transposed_matmul, (crow, col, values, left, 5))
     torch.library.opcheck(csr_sampled_product, (crow, col, left, right))
 

@@ -57,6 +57,24 @@ def same_bits(ours: Codes, theirs: Codes) -> bool:
     return all(one.dtype == two.dtype and one.equal(two) for one, two in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("how", HOWS)
+def test_a_sparse_gradient_holds_the_bits_of_the_winners_rows(how: str) -> None:
+    dictionary = gaussian(5, 40, 7)
+
+    def gradients(sparse: bool) -> tuple[Tensor, ...]:
+        leaves = [each.clone().requires_grad_() for each in (dictionary.x, dictionary.weight, dictionary.bias)]
+        codes = encode_select(*leaves, how, *dictionary.choice(how), "float32", False, sparse)
+        return (*torch.autograd.grad(codes[2].square().sum(), leaves), codes[1])
+
+    to_x, to_weight, to_bias, col = gradients(True)
+    assert to_weight.is_coalesced()
+    assert to_weight.indices()[0].equal(col.unique())
+    assert all(
+        one.equal(other)
+        for one, other in zip((to_x, to_weight.to_dense(), to_bias, col), gradients(False), strict=True)
+    )
+
+
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

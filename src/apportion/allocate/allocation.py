@@ -73,9 +73,12 @@ class Allocation:
             raise ValueError(f"values has shape {tuple(values.shape)}, but there are {self.nnz} entries: give one each")
         return replace(self, values=values)
 
-    def matmul(self, dense: Float[Tensor, "columns d"]) -> Float[Tensor, "rows d"]:
-        """The sparse matrix times ``dense``; differentiable in both."""
-        product: Tensor = csr_matmul(self.crow_indices, self.col_indices, self.values, dense)
+    def matmul(self, dense: Float[Tensor, "columns d"], sparse_grad: bool = False) -> Float[Tensor, "rows d"]:
+        """The sparse matrix times ``dense``; differentiable in both.
+
+        ``sparse_grad``: the gradient to ``dense`` is a sparse tensor of the rows that it has been multiplied with.
+        """
+        product: Tensor = csr_matmul(self.crow_indices, self.col_indices, self.values, dense, sparse_grad)
         return product
 
     def to_dense(self) -> Float[Tensor, "rows columns"]:

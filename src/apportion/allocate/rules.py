@@ -50,12 +50,16 @@ class Selection:
         bias: Float[Tensor, "columns"],
         precision: str = "float32",
         exact: bool = False,
+        sparse_grad: bool = False,
     ) -> Allocation:
-        """The winners of ``x @ weight.T + bias`` with their scores, without keeping the score matrix."""
+        """The winners of ``x @ weight.T + bias`` with their scores, without keeping the score matrix.
+
+        See ``apportion.ops.encode_select`` for ``precision``, ``exact`` and ``sparse_grad``.
+        """
         limits = self.limits
         if limits is not None:
             limits = limits.to(x.device) if self.how == "columns" else limits.to(x.device, x.dtype)
-        crow, col, values = encode_select(x, weight, bias, self.how, self.count, limits, precision, exact)
+        crow, col, values = encode_select(x, weight, bias, self.how, self.count, limits, precision, exact, sparse_grad)
         return Allocation(crow, col, values, (x.shape[0], weight.shape[0]))
 
 

@@ -2,7 +2,7 @@
 
 | op | changes | to |
 |---|---|---|
-| ``adam_step_`` | ``param``, ``exp_avg``, ``exp_avg_sq`` | what ``torch.optim.Adam`` makes of them, then unit rows if asked for |
+| ``adam_step_`` | ``param``, ``exp_avg``, ``exp_avg_sq`` | what ``torch.optim.Adam`` makes of them, then unit rows |
 | ``project_rows_`` | ``grad`` | without its part along each row of ``unit`` |
 
 Gradients come whole, or compact: only the rows that have one, with their indices. A compact gradient changes nothing

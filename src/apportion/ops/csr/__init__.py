@@ -10,8 +10,9 @@ With ``S`` the sparse matrix that holds ``values`` at ``(crow_indices, col_indic
 
 The dictionary step needs nothing else: decoding is the first, both weight gradients are the second, the gradient to
 the codes is the third, and none of them makes a ``tokens x k x width`` copy. They are registered as ``torch.library``
-custom ops (``torch.ops.apportion.*``), so that ``torch.compile`` and DTensor can see them. Index tensors are int64;
-values and dense operands share a floating dtype and a device.
+custom ops (``torch.ops.apportion.*``), so that ``torch.compile`` and DTensor can see them. The transposed product has
+rows of zeros for columns without an entry; as a gradient it can come without them (``sparse_grad``). Index tensors are
+int64; values and dense operands share a floating dtype and a device.
 """
 
 import torch
@@ -24,8 +25,13 @@ __all__ = ["csr_matmul", "csr_sampled_product", "csr_transposed_matmul"]
 
 
 @torch.library.custom_op("apportion::csr_matmul", mutates_args=())
-def csr_matmul(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
-    """``S @ dense``: [rows, d] from entries and ``dense`` [columns, d]. Differentiable in ``values`` and ``dense``."""
+def csr_matmul(
+    crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor, sparse_grad: bool = False
+) -> Tensor:
+    """``S @ dense``: [rows, d] from entries and ``dense`` [columns, d]. Differentiable in ``values`` and ``dense``.
+
+    ``sparse_grad``: the gradient to ``dense`` is what ``touched_columns`` gives, rather than a matrix like ``dense``.
+    """
     return reference.csr_matmul(crow_indices, col_indices, values, dense)
 
 
@@ -48,7 +54,7 @@ def csr_sampled_product(crow_indices: Tensor, col_indices: Tensor, left: Tensor,
 
 
 @csr_matmul.register_kernel("cpu")
-def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor, sparse_grad: bool = False) -> Tensor:
     from apportion.ops.csr import cpu
 
     return cpu.csr_matmul(crow_indices, col_indices, values, dense)
@@ -69,7 +75,7 @@ def _(crow_indices: Tensor, col_indices: Tensor, left: Tensor, right: Tensor) ->
 
 
 @csr_matmul.register_kernel("cuda")
-def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor, sparse_grad: bool = False) -> Tensor:
     if triton_is_missing():
         return reference.csr_matmul(crow_indices, col_indices, values, dense)
     from apportion.ops.csr import cuda
@@ -96,7 +102,7 @@ def _(crow_indices: Tensor, col_indices: Tensor, left: Tensor, right: Tensor) ->
 
 
 @csr_matmul.register_fake
-def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor) -> Tensor:
+def _(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor, sparse_grad: bool = False) -> Tensor:
     return dense.new_empty(crow_indices.shape[0] - 1, dense.shape[1])
 
 
@@ -110,16 +116,35 @@ def _(crow_indices: Tensor, col_indices: Tensor, left: Tensor, right: Tensor) ->
     return left.new_empty(col_indices.shape[0])
 
 
+def touched_columns(crow_indices: Tensor, col_indices: Tensor, values: Tensor, dense: Tensor, columns: int) -> Tensor:
+    """``csr_transposed_matmul`` without its rows of zeros: [columns, d], sparse in its first dimension, coalesced.
+
+    It takes memory for the columns that have an entry only.
+    """
+    touched, place = col_indices.unique(return_inverse=True)
+    rows = csr_transposed_matmul(crow_indices, place, values, dense, touched.numel())
+    return torch.sparse_coo_tensor(
+        touched.unsqueeze(0), rows, (columns, dense.shape[1]), is_coalesced=True, check_invariants=False
+    )
+
+
 def _keep_all(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(*(each for each in inputs if isinstance(each, Tensor)))
 
 
+def _keep_all_and_flag(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.sparse_grad = inputs
+    ctx.save_for_backward(*tensors)
+
+
 def _matmul_backward(ctx, grad):  # type: ignore[no-untyped-def]
     crow, col, values, dense = ctx.saved_tensors
-    _, _, needs_values, needs_dense = ctx.needs_input_grad
+    # There is a fifth only where sparse_grad was given.
+    needs_values, needs_dense = ctx.needs_input_grad[2:4]
+    transposed_matmul = touched_columns if ctx.sparse_grad else csr_transposed_matmul
     to_values = csr_sampled_product(crow, col, grad, dense) if needs_values else None
-    to_dense = csr_transposed_matmul(crow, col, values, grad, dense.shape[0]) if needs_dense else None
-    return None, None, to_values, to_dense
+    to_dense = transposed_matmul(crow, col, values, grad, dense.shape[0]) if needs_dense else None
+    return None, None, to_values, to_dense, None
 
 
 def _transposed_matmul_backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -138,6 +163,6 @@ def _sampled_product_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return None, None, to_left, to_right
 
 
-csr_matmul.register_autograd(_matmul_backward, setup_context=_keep_all)
+csr_matmul.register_autograd(_matmul_backward, setup_context=_keep_all_and_flag)
 csr_transposed_matmul.register_autograd(_transposed_matmul_backward, setup_context=_keep_all)
 csr_sampled_product.register_autograd(_sampled_product_backward, setup_context=_keep_all)

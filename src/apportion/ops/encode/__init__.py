@@ -8,7 +8,7 @@ products of ``apportion.ops.csr``: no dense gradient of the scores exists at any
 import torch
 from torch import Tensor
 
-from apportion.ops.csr import csr_matmul, csr_transposed_matmul
+from apportion.ops.csr import csr_matmul, csr_transposed_matmul, touched_columns
 from apportion.ops.encode import tiled
 from apportion.ops.encode.tiled import scores_memory
 from apportion.ops.triton_support import triton_is_missing
@@ -26,6 +26,7 @@ def encode_select(
     limits: Tensor | None,
     precision: str,
     exact: bool,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Winners of ``x @ weight.T + bias`` as ``(crow_indices, col_indices, values)``.
 
@@ -41,6 +42,7 @@ def encode_select(
             who wins (with ``exact``, only who is looked at again); the winners' values are then computed in full.
         exact: for ``rows`` and ``above``: who wins and by how much depends on the row alone, bit for bit, whatever else
             is in the batch.
+        sparse_grad: the gradient to ``weight`` is sparse in its first dimension: it holds the winners' rows alone.
 
     Differentiable in ``x``, ``weight`` and ``bias`` through the values.
     """
@@ -49,7 +51,15 @@ def encode_select(
 
 @encode_select.register_kernel("cuda")
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor, how: str, count: int, limits: Tensor | None, precision: str, exact: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    how: str,
+    count: int,
+    limits: Tensor | None,
+    precision: str,
+    exact: bool,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if triton_is_missing():
         return tiled.encode_select(x, weight, bias, how, count, limits, precision, exact)
@@ -68,6 +78,7 @@ def _(
     limits: Tensor | None,
     precision: str,
     exact: bool,
+    sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     entries: int | torch.SymInt
     if how == "rows":
@@ -81,7 +92,7 @@ def _(
 
 
 def _keep_winners(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, *_ = inputs
+    x, weight, *_, ctx.sparse_grad = inputs
     crow, col, _ = output
     ctx.save_for_backward(x, weight, crow, col)
 
@@ -90,9 +101,10 @@ def _backward(ctx, _crow, _col, grad):  # type: ignore[no-untyped-def]
     x, weight, crow, col = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     to_x = csr_matmul(crow, col, grad, weight) if needs_x else None
-    to_weight = csr_transposed_matmul(crow, col, grad, x, weight.shape[0]) if needs_weight else None
+    transposed_matmul = touched_columns if ctx.sparse_grad else csr_transposed_matmul
+    to_weight = transposed_matmul(crow, col, grad, x, weight.shape[0]) if needs_weight else None
     to_bias = grad.new_zeros(weight.shape[0]).index_add_(0, col, grad) if needs_bias else None
-    return to_x, to_weight, to_bias, None, None, None, None, None
+    return to_x, to_weight, to_bias, None, None, None, None, None, None
 
 
 encode_select.register_autograd(_backward, setup_context=_keep_winners)
