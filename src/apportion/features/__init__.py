@@ -11,9 +11,11 @@ from apportion.features.mutual_feature_choice import (
     fit_zipf,
     underused_features,
 )
+from apportion.features.optimizer import DictionaryAdam
 from apportion.features.statistics import FeatureStatistics
 
 __all__ = [
+    "DictionaryAdam",
     "DictionaryObjective",
     "FeatureStatistics",
     "LearnedThreshold",

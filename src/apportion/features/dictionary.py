@@ -39,6 +39,8 @@ from apportion.errors import InputError
 from apportion.features.jump_relu import LearnedThreshold, jump_relu
 from apportion.features.rules import rule_from_dict, rule_to_dict
 from apportion.features.statistics import FeatureStatistics
+from apportion.ops import project_rows_
+from apportion.training.checkpoint import explained
 
 FORMAT = "apportion.dictionary/1"
 Mode = Literal["batch", "threshold"]
@@ -85,6 +87,10 @@ class SparseAutoencoder(nn.Module):
         >>> sae(torch.randn(10, 16)).codes.nnz <= 40
         True
     """
+
+    # Whether the gradients of both matrices are sparse tensors, which hold only the rows of the features that won: less
+    # memory and time where few did. What takes the step must know such gradients, as `DictionaryAdam` does.
+    sparse_gradients = False
 
     input_scale: Tensor
     threshold: Tensor
@@ -196,10 +202,10 @@ class SparseAutoencoder(nn.Module):
 
     def decode_scaled(self, codes: Allocation) -> Float[Tensor, "tokens d_out"]:
         """The reconstruction in the scaled units that training works in."""
-        return codes.matmul(self.decoder_weight) + self.decoder_bias
+        return codes.matmul(self.decoder_weight, self.sparse_gradients) + self.decoder_bias
 
     def _selected(self, x: Tensor, selection: Selection, exact: bool) -> Allocation:
-        return selection.encode(x, self.encoder_weight, self.encoder_bias, self.precision, exact)
+        return selection.encode(x, self.encoder_weight, self.encoder_bias, self.precision, exact, self.sparse_gradients)
 
     def _batch_selection(self, rows: int, rule: Rule | LearnedThreshold) -> Selection:
         if isinstance(rule, FeatureChoice):
@@ -278,13 +284,18 @@ class SparseAutoencoder(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Remove the part of the decoder's gradient along each row, which normalising would undo; before a step."""
         grad = self.decoder_weight.grad
-        if grad is not None:
-            along = (grad * self.decoder_weight).sum(dim=1, keepdim=True)
-            grad.addcmul_(along, self.decoder_weight, value=-1)
+        if grad is None:
+            return
+        if grad.is_sparse:
+            # The sum of several losses may hold a row more than once.
+            grad = self.decoder_weight.grad = grad.coalesce()
+            project_rows_(grad._values(), self.decoder_weight, grad._indices()[0])
+        else:
+            project_rows_(grad, self.decoder_weight, None)
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Bring the decoder's rows back to unit norm; after a step.
+        """Bring the decoder's rows back to unit norm, after a step that did not (`DictionaryAdam`'s does).
 
         Rules that compare scores across features need it: a feature could otherwise buy matches by shrinking its row.
         """
@@ -327,12 +338,14 @@ class SparseAutoencoder(nn.Module):
 
     def save(self, folder: Path | str) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``; each file is whole or absent."""
-        from safetensors.torch import save
+        from safetensors.torch import save_file
 
         folder = Path(folder)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with write_atomically(folder / "model.safetensors") as path:
-            path.write_bytes(save(tensors))
+        whole = folder / "model.safetensors"
+        with explained(whole), write_atomically(whole) as path:
+            # Straight from the tensors, which may be most of what the memory holds.
+            save_file(tensors, path)
         write_json(folder / "config.json", self.config())
 
     def config(self) -> dict[str, Any]:

@@ -60,6 +60,7 @@ from apportion.features.fitting import (
     finish_dictionary,
     flat_provenance,
 )
+from apportion.features.optimizer import dictionary_adam
 from apportion.features.statistics import FeatureStatistics
 from apportion.models.activations import ShuffledBatches
 from apportion.training import TrainingResult, train
@@ -309,13 +310,15 @@ def fit_dictionary_over_mesh(
     sae.precision = recipe.precision
     sae.initialise_from(batches(0))
     sae.to(device)
+    planned = recipe.settings(**settings)
     result = train(
         sae,
         ShardedObjective(recipe),
         lambda step: _rows_of_this_process(batches, step, mesh).to(device),
-        recipe.settings(**settings),
+        planned,
         folder,
         hooks=[UnitDecoderOverMesh()],
+        optimizer=dictionary_adam(sae, planned),
         provenance=flat_provenance(recipe, d_in, provenance),
         progress=progress,
         stop_after=stop_after,

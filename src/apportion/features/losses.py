@@ -1,5 +1,8 @@
 """Losses of dictionaries, as functions beside the model. All return scalars; weights are the caller's."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -85,10 +88,41 @@ def aux_k_loss(
     if chosen.numel() == 0 or x_centred.shape[0] == 0:
         return x_centred.new_zeros(())
     count = min(k_aux or max(sae.d_in // 2, 1), chosen.numel())
-    codes = Selection("rows", count).encode(
-        x_centred.detach(), sae.encoder_weight[chosen], sae.encoder_bias[chosen], sae.precision
+    # An indexed matrix gives a gradient as large as the matrix.
+    encoder_rows = _RowsOf.apply(sae.encoder_weight, chosen) if sae.sparse_gradients else sae.encoder_weight[chosen]
+    codes = (
+        Selection("rows", count)
+        .encode(
+            x_centred.detach(),
+            encoder_rows,
+            sae.encoder_bias[chosen],
+            sae.precision,
+            sparse_grad=sae.sparse_gradients,
+        )
+        .active()
     )
-    explained = codes.active().matmul(sae.decoder_weight[chosen])
+    # The decoder needs no copy of its rows: the codes can name them as the whole dictionary does.
+    codes = replace(codes, col_indices=chosen[codes.col_indices], shape=(codes.shape[0], sae.n_features))
+    explained = codes.matmul(sae.decoder_weight, sae.sparse_gradients)
     residual = residual.detach()
     variance = (residual - residual.mean(dim=0)).square().sum().clamp(min=1e-12)
     return (residual - explained).square().sum() / variance
+
+
+class _RowsOf(torch.autograd.Function):
+    """``matrix[rows]`` for ascending rows, whose gradient, a sparse one, becomes a sparse one of the whole matrix."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = matrix.shape
+        return matrix[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,), (grad,) = ctx.saved_tensors, grads
+        places = rows[grad._indices()]
+        return (
+            torch.sparse_coo_tensor(places, grad._values(), ctx.shape, is_coalesced=True, check_invariants=False),
+            None,
+        )

@@ -51,9 +51,11 @@ class Hook(Protocol[_Module]):
 
     def before_step(self, module: _Module, step: int, /) -> None:
         """After the backward pass, before gradients are clipped. ``step`` is 0-based."""
+        return
 
     def after_step(self, module: _Module, step: int, metrics: dict[str, int | float | Tensor], /) -> None:
         """After the optimiser's step. What is added to ``metrics`` is logged."""
+        return
 
 
 @dataclasses.dataclass(frozen=True)

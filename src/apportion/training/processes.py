@@ -1,6 +1,6 @@
 """What the loop asks of the processes that train a module: the answers of one that works alone."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ class Processes:
     writes = True
 
     def gradient_norm(self, parameters: Sequence[nn.Parameter]) -> Float[Tensor, ""]:
-        """The norm of all gradients together."""
-        return torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        """The norm of all gradients together; sparse ones are coalesced."""
+        return torch.nn.utils.get_total_norm(gradient_values(parameters))
 
     def any_of(self, here: bool) -> bool:
         """Whether it holds in at least one process."""
@@ -37,3 +37,9 @@ class Processes:
     def checkpoints(self, folder: Path, keep: int) -> Checkpoints:
         """Where the run's checkpoints are kept."""
         return Checkpoints(folder, keep)
+
+
+def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients there are, of a sparse (coalesced) one the values that it holds: all others are zero."""
+    gradients = (each.grad for each in parameters if each.grad is not None)
+    return [each._values() if each.is_sparse else each for each in gradients]

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from apportion.errors import InputError
 from apportion.training.checkpoint import Checkpoint, Checkpoints, digests, explained, state_of, write_state
-from apportion.training.processes import Processes
+from apportion.training.processes import Processes, gradient_values
 
 
 class ShardedProcesses(Processes):
@@ -106,8 +106,9 @@ class ShardedProcesses(Processes):
 
     def _squares(self, parameters: Collection[nn.Parameter]) -> Float[Tensor, ""]:
         device = self.device_mesh.device_type
-        gradients = [each.grad for each in parameters if each.grad is not None]
-        return torch.stack([torch.zeros((), device=device), *(each.float().square().sum() for each in gradients)]).sum()
+        # By the norm, since squares would be another matrix.
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradient_values(parameters)]
+        return torch.stack([torch.zeros((), device=device), *norms]).square().sum()
 
 
 class ShardedCheckpoints(Checkpoints):

@@ -125,13 +125,13 @@ def _(
     unit_rows: bool,
 ) -> None:
     _check_step(param, exp_avg, exp_avg_sq, grad, grad_rows)
-    tensors, numbers = (param, exp_avg, exp_avg_sq, grad, grad_rows), (step, lr, beta1, beta2, eps, weight_decay)
     if triton_is_missing():
-        reference.adam_step_(*tensors, *numbers, unit_rows)
-        return
-    from apportion.ops.adam import cuda
+        step_ = reference.adam_step_
+    else:
+        from apportion.ops.adam import cuda
 
-    cuda.adam_step_(*tensors, *numbers, unit_rows)
+        step_ = cuda.adam_step_
+    step_(param, exp_avg, exp_avg_sq, grad, grad_rows, step, lr, beta1, beta2, eps, weight_decay, unit_rows)
 
 
 @project_rows_.register_kernel("cuda")

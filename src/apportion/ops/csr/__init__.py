@@ -121,7 +121,7 @@ def touched_columns(crow_indices: Tensor, col_indices: Tensor, values: Tensor, d
 
     It takes memory for the columns that have an entry only.
     """
-    touched, place = col_indices.unique(return_inverse=True)
+    touched, place = torch.unique(col_indices, return_inverse=True)
     rows = csr_transposed_matmul(crow_indices, place, values, dense, touched.numel())
     return torch.sparse_coo_tensor(
         touched.unsqueeze(0), rows, (columns, dense.shape[1]), is_coalesced=True, check_invariants=False
