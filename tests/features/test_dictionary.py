@@ -169,6 +169,26 @@ def test_the_decoder_stays_on_the_unit_sphere_and_its_gradient_tangential() -> N
     torch.testing.assert_close(sae.decoder_weight.norm(dim=1), torch.ones(F))
 
 
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_sparse_gradient_is_projected_like_the_whole_one(repeated: bool) -> None:
+    projected = []
+    for sparse in (False, True):
+        sae = dictionary("TopK").train()
+        sae.sparse_gradients = sparse
+        loss = sae(activations()).output.square().sum()
+        if repeated:
+            loss = loss + sae(2 * activations()).output.square().sum()
+        loss.backward()
+        assert sae.decoder_weight.grad.is_sparse == sae.encoder_weight.grad.is_sparse == sparse
+        if sparse and repeated:
+            grad = sae.decoder_weight.grad.coalesce()
+            places, values = grad.indices().repeat(1, 2), grad.values().repeat(2, 1) / 2
+            sae.decoder_weight.grad = torch.sparse_coo_tensor(places, values, grad.shape, check_invariants=True)
+        sae.project_decoder_gradient()
+        projected.append(sae.decoder_weight.grad.to_dense() if sparse else sae.decoder_weight.grad)
+    torch.testing.assert_close(*projected, rtol=1e-5, atol=1e-5 * float(projected[0].abs().max()))
+
+
 def test_initialisation_centres_and_scales() -> None:
     sae = SparseAutoencoder(D, F, TokenChoice(BUDGET))
     x = activations(5000)

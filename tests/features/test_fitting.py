@@ -8,7 +8,18 @@ import torch
 from apportion.allocate import FeatureChoice, MutualChoice, Threshold, TokenChoice, Zipf
 from apportion.data import SyntheticDictionary
 from apportion.errors import InputError
-from apportion.features import LearnedThreshold, Phases, Recipe, fit_dictionary
+from apportion.features import (
+    DictionaryObjective,
+    LearnedThreshold,
+    Phases,
+    Recipe,
+    SparseAutoencoder,
+    UnitDecoder,
+    fit_dictionary,
+)
+from apportion.features.optimizer import dictionary_adam
+from apportion.ops.encode import scores_memory
+from apportion.training import train
 
 WORLD = SyntheticDictionary(d=16, n_true=32, mean_l0=3.0, seed=0)
 BASE = Recipe(
@@ -93,6 +104,54 @@ def test_paused_and_resumed_equals_undisturbed(rule, tmp_path) -> None:
     assert result.resumed_from == 47
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]) or bool(tensor.isnan().all()), name
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, None])
+@pytest.mark.parametrize(
+    "rule", [TokenChoice(3), MutualChoice(3), FeatureChoice(3, profile=Zipf())], ids=lambda rule: type(rule).__name__
+)
+def test_sparse_gradients_and_tiles_train_as_whole_ones_do(rule, clip_norm: float | None) -> None:
+    # Few winners among many features, of which soon most are dead.
+    recipe = Recipe(
+        rule, 200, steps=12, batch_size=16, learning_rate=3e-3, dead_after=32, phases=Phases(refresh_every=4)
+    )
+    settings = recipe.settings(clip_norm=clip_norm, log_every=1)
+
+    def trained(sparse: bool) -> tuple[SparseAutoencoder, list[dict]]:
+        sae = SparseAutoencoder(16, 200, rule)
+        sae.sparse_gradients = sparse
+        result = train(
+            sae,
+            DictionaryObjective(recipe),
+            lambda step: WORLD.sample(16, seed=step).x,
+            settings,
+            None,
+            hooks=[UnitDecoder()],
+            optimizer=dictionary_adam(sae, settings),
+            progress=False,
+        )
+        assert sae.encoder_weight.grad.is_sparse == sae.decoder_weight.grad.is_sparse == sparse
+        return sae, result.history
+
+    whole, expected = trained(False)
+    with scores_memory(16 * 70 * 4):
+        sparse, found = trained(True)
+    assert expected[-1]["dead"] > 0.1
+    assert max(record["loss"] - record["fvu"] for record in expected) > 1e-3
+    for record, other in zip(expected, found, strict=True):
+        for name in ("loss", "gradient_norm", "l0", "dead"):
+            assert other[name] == pytest.approx(record[name], rel=1e-5)
+    for name, tensor in whole.state_dict().items():
+        # Adam divides by the size of the gradient: where that is nothing but rounding, so is the step.
+        torch.testing.assert_close(sparse.state_dict()[name], tensor, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize(("tokens", "sparse"), [(6, True), (7, False)])
+def test_gradients_are_sparse_where_fewer_than_half_of_the_features_can_win(tokens: int, sparse: bool) -> None:
+    recipe = replace(BASE, steps=2, batch_size=tokens)
+    sae, _ = fit_dictionary(recipe, lambda step: WORLD.sample(tokens, seed=step).x, 16, progress=False)
+    assert sae.decoder_weight.grad.is_sparse == sparse
+    torch.testing.assert_close(sae.decoder_weight.detach().norm(dim=1), torch.ones(40))
 
 
 def fit_until(stop: int, recipe: Recipe, folder):

@@ -60,6 +60,21 @@ def test_aux_k_equals_a_dense_computation_and_trains_only_what_it_revives(x: tor
     assert sae.decoder_bias.grad is None
 
 
+def test_aux_k_has_the_same_gradients_where_they_are_sparse(x: torch.Tensor) -> None:
+    revive = torch.arange(F) % 3 == 1
+    residual = torch.randn(30, D, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for sparse in (False, True):
+        sae = SparseAutoencoder(D, F, MutualChoice(3))
+        sae.sparse_gradients = sparse
+        weights = (sae.encoder_weight, sae.decoder_weight, sae.encoder_bias)
+        loss = aux_k_loss(sae, sae.centred(x), residual, revive, k_aux=2)
+        gradients.append(torch.autograd.grad(loss, weights))
+    for whole, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found.to_dense() if found.is_sparse else found, whole)
+    assert [each.is_sparse and each.is_coalesced() for each in gradients[1]] == [True, True, False]
+
+
 def test_nothing_to_revive_costs_nothing(x: torch.Tensor) -> None:
     sae = SparseAutoencoder(D, F, MutualChoice(3))
     assert float(aux_k_loss(sae, x, x, torch.zeros(F, dtype=torch.bool))) == 0

@@ -57,6 +57,62 @@ def test_clipping_bounds_the_step_of_plain_descent(run, regressor):
     assert freely.norm().item() == pytest.approx(result.history[0]["gradient_norm"], rel=1e-4)
 
 
+class Embedder(nn.Module):
+    """Its gradient is sparse, and holds a row more than once."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(50, 3, sparse=sparse)
+        nn.init.constant_(self.rows.weight, 1.0)
+        self.bias = nn.Parameter(torch.ones(3))
+
+    def forward(self, places):
+        return self.rows(places) * 2 + self.bias
+
+
+def slow_descent(parameters):
+    return torch.optim.SGD(parameters, lr=0.01)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.3, 1e3])
+def test_sparse_gradients_are_measured_and_clipped_like_whole_ones(run, clip_norm):
+    def objective(module, batch, step):
+        return module(batch).square().sum(), {}
+
+    results = []
+    for sparse in (False, True):
+        module, result = run(
+            None,
+            module=Embedder(sparse),
+            objective=objective,
+            batches=lambda step: torch.tensor([3, 7, 7, 49 - step]),
+            optimizer=slow_descent,
+            clip_norm=clip_norm,
+            steps=5,
+        )
+        assert module.rows.weight.grad.is_sparse == sparse
+        results.append([*(each.detach() for each in module.parameters()), result.history[-1]["gradient_norm"]])
+    for whole, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, whole)
+
+
+def test_a_sparse_gradient_that_is_not_finite_stops_the_run(run):
+    def objective(module, batch, step):
+        return module(batch).square().sum() * (torch.inf if step == 2 else 1.0), {}
+
+    module = Embedder(sparse=True)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        run(
+            None,
+            module=module,
+            objective=objective,
+            batches=lambda step: torch.tensor([3, 7]),
+            optimizer=slow_descent,
+        )
+    assert stopped.value.step == 3
+    assert bool(module.rows.weight.isfinite().all())
+
+
 def test_the_seed_decides_and_the_callers_random_stream_does_not_notice(run, same_weights):
     torch.manual_seed(1)
     expected = torch.rand(3)
