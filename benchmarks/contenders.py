@@ -121,7 +121,7 @@ def training_run(problem: Problem, rule: Rule, precision: Precision) -> tuple[Ru
     return run, _Steps(run, handed_over["objective"], handed_over["hooks"])
 
 
-_OURS = "objective, backward, gradient projection, clipping, fused Adam, normalisation and statistics of the real loop"
+_OURS = "objective, backward, gradient projection, clipping, Adam with normalisation and statistics of the real loop"
 
 
 def ours(budget: int, precision: Precision = "float32") -> list[Contender]:

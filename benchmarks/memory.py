@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,8 +28,7 @@ _STEPS = 3
 @benchmark("memory", "how much memory does a step need beyond weights and optimiser?", rounds=1, share=4, warm_ups=0)
 def plans(smoke: bool) -> Sequence[RacePlan]:
     """One race of everybody; the bare product's extra is one matrix of scores, so ratios count such matrices."""
-    if not Path("/proc/self/clear_refs").exists():
-        raise Unavailable("peak memory is read from /proc, which this system does not have")
+    require_proc()
     shape = SMOKE if smoke else USUAL
 
     def build() -> Race:
@@ -44,10 +43,16 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
             except Unavailable as error:
                 skipped[each.label] = str(error)
                 continue
-            cases.append(Case(each.label, _in_fresh_process(each.label, shape), each.includes))
+            cases.append(Case(each.label, _peak_in_fresh_process(each.label, shape), each.includes))
         return Race(cases, BARE, "extra bytes", skipped)
 
     return [RacePlan("memory", shape.as_dict(), build)]
+
+
+def require_proc() -> None:
+    """Raises `Unavailable` where peak memory cannot be read."""
+    if not Path("/proc/self/clear_refs").exists():
+        raise Unavailable("peak memory is read from /proc, which this system does not have")
 
 
 def everybody(shape: Shape) -> list[Contender]:
@@ -57,22 +62,27 @@ def everybody(shape: Shape) -> list[Contender]:
     return [bare(), *ours(shape.budget), *ours(shape.budget, "bfloat16"), *others]
 
 
-def _in_fresh_process(label: str, shape: Shape) -> Callable[[int], Sample]:
-    def measure(turn: int) -> Sample:
-        asked = json.dumps({"label": label, "shape": shape.as_dict(), "threads": torch.get_num_threads()})
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", asked],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
-            check=False,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"measuring the memory of {label} failed:\n{done.stderr[-2000:]}")
-        answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return answer
+def in_fresh_process(module: str, question: Mapping[str, object]) -> Sample:
+    """What ``module``, run by a new Python with ``question`` as JSON for its only argument, prints in its last line.
 
-    return measure
+    The question also gets this process's number of torch's threads, as ``threads``.
+    """
+    asked = json.dumps({**question, "threads": torch.get_num_threads()})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, asked],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring {dict(question)} by {module} failed:\n{done.stderr[-2000:]}")
+    answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def _peak_in_fresh_process(label: str, shape: Shape) -> Callable[[int], Sample]:
+    return lambda turn: in_fresh_process("benchmarks.memory", {"label": label, "shape": shape.as_dict()})
 
 
 def peak_of(label: str, shape: Shape) -> dict[str, float]:
@@ -81,11 +91,9 @@ def peak_of(label: str, shape: Shape) -> dict[str, float]:
     _take_steps(next(each for each in everybody(SMOKE) if each.label == label), Problem(SMOKE))
     problem = Problem(shape)
     problem.directions  # noqa: B018  made here, since it is data and not the contender's
-    _give_back_freed_memory()
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts anew from here
+    before = count_from_here()
     state = _take_steps(contender, problem)
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     return {
         "extra bytes": max(peak - state["weights"] - state["optimizer"], 0),
         "peak bytes": peak,
@@ -102,20 +110,28 @@ def _take_steps(contender: Contender, problem: Problem) -> dict[str, int]:
     return step.state_bytes()
 
 
-def _give_back_freed_memory() -> None:
-    """What making the data left behind would otherwise be used again, and not counted."""
+def count_from_here() -> int:
+    """Let the peak of this process's resident memory count anew; returns the bytes that are resident already."""
     gc.collect()
+    # What making the data left behind would otherwise be used again, and not counted.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others keep less
     if trim is not None:
         trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
-def _resident(entry: str) -> int:
+def resident(entry: str) -> int:
     """Bytes of resident memory now (``VmRSS``) or at its peak (``VmHWM``)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    return bytes_stated_in(Path("/proc/self/status"), entry)
+
+
+def bytes_stated_in(file: Path, entry: str) -> int:
+    """Bytes that a file of /proc states in kilobytes, as ``entry: 12 kB``."""
+    for line in file.read_text().splitlines():
         if line.startswith(entry + ":"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {entry}")
+    raise RuntimeError(f"{file} has no {entry}")
 
 
 def _child(asked: str) -> None:

@@ -28,16 +28,15 @@ PARTS = (
     "gradient of the codes",
     "weight gradients",
     "bias gradients",
-    "projection and normalisation",
+    "projection",
     "clipping",
-    "Adam",
+    "Adam and normalisation",
     "statistics",
     "rest",
 )
 # Python functions without an op of their own, and the part that they are.
 _LABELLED: tuple[tuple[Any, str, str], ...] = (
-    (SparseAutoencoder, "project_decoder_gradient", "projection and normalisation"),
-    (SparseAutoencoder, "normalise_decoder", "projection and normalisation"),
+    (SparseAutoencoder, "project_decoder_gradient", "projection"),
     (FeatureStatistics, "update", "statistics"),
     (FeatureStatistics, "dead", "statistics"),
     (loop, "clip_gradients", "clipping"),
@@ -98,7 +97,7 @@ def part_of(names: Sequence[str]) -> str:
         if name in PARTS:
             return name
         if name.startswith("Optimizer.step"):
-            return "Adam"
+            return "Adam and normalisation"
         if name in _PRODUCTS and _ENCODE in around:
             return "product"
         if name == _ENCODE or name.startswith("apportion::select"):

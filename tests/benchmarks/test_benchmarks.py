@@ -12,7 +12,7 @@ import pytest
 
 import benchmarks.all  # noqa: F401  fills the registry
 from apportion.errors import InputError
-from benchmarks import contenders, harvest, page, peers, runner, step_parts
+from benchmarks import contenders, harvest, memory, million, page, peers, runner, step_parts
 from benchmarks.command import RESULTS, main
 from benchmarks.machine import ROOT
 from benchmarks.problem import SMOKE, Problem
@@ -46,7 +46,7 @@ def run_smoke(name: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("smoke")
-@pytest.mark.parametrize("name", ["step", "step_parts", "scaling", "memory", "harvest", "report"])
+@pytest.mark.parametrize("name", ["step", "step_parts", "scaling", "memory", "million", "harvest", "report"])
 def test_smoke_run_gives_the_promised_json(name: str) -> None:
     result = run_smoke(name)
     assert result["skipped"] is None
@@ -126,6 +126,22 @@ def test_a_race_whose_time_is_spent_ends_after_a_whole_round() -> None:
     assert [len(each) for each in samples.values()] == [1, 1]
 
 
+def test_a_million_features_are_not_tried_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(million, "_available_memory", lambda: 20 * 1024**3 - 1)
+    with pytest.raises(Unavailable, match=r"20 GiB .* 20\.0 GiB"):
+        million.plans(smoke=False)
+    (plan,) = million.plans(smoke=True)
+    assert plan.shape["features"] < 1000
+    monkeypatch.setattr(million, "_available_memory", lambda: 20 * 1024**3)
+    (plan,) = million.plans(smoke=False)
+    assert plan.shape == {"tokens": 1024, "width": 576, "features": 1048576, "budget": 32}
+
+
+def test_a_measurement_that_fails_in_its_own_process_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)benchmarks\.million failed:.*KeyError: 'shape'"):
+        memory.in_fresh_process("benchmarks.million", {})
+
+
 def test_ratios_are_of_medians() -> None:
     made_up = {"A": [1.0, 2.0, 100.0], "B": [3.0, 5.0, 4.0]}
     race = Race([Case(label, lambda turn: {}) for label in made_up], baseline="A")
@@ -146,7 +162,8 @@ def test_the_profile_sees_the_parts_of_a_step() -> None:
     for case in race["cases"][1:]:
         parts = {part: case["median"][f"{part} seconds"] for part in step_parts.PARTS}
         assert math.isclose(sum(parts.values()), case["median"]["seconds"], rel_tol=0.5)
-        assert not [part for part in ("product", "selection", "decode", "weight gradients", "Adam") if parts[part] <= 0]
+        there = ("product", "selection", "decode", "weight gradients", "projection", "Adam and normalisation")
+        assert not [part for part in there if parts[part] <= 0]
 
 
 def test_apportion_step_is_the_step_of_fit_dictionary() -> None:
