@@ -67,7 +67,7 @@ def _train(shape: Shape, problem: Problem | None = None) -> tuple[float, int]:
     sae, result = fit_dictionary(
         recipe, problem.batch, shape.width, progress=False, stop_after=_STEPS, log_every=1, warmup_fraction=0.0
     )
-    first, *_, last = (float(record["seconds"]) for record in result.history)
+    first, *_, last = (record["seconds"] or 0.0 for record in result.history)
     weights = sum(each.numel() * each.element_size() for each in sae.parameters())
     return (last - first) / (_STEPS - 1), weights
 
