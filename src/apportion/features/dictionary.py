@@ -287,8 +287,7 @@ class SparseAutoencoder(nn.Module):
         if grad is None:
             return
         if grad.is_sparse:
-            # The sum of several losses may hold a row more than once.
-            grad = self.decoder_weight.grad = grad.coalesce()
+            # A row that it holds in several parts may be projected part by part.
             project_rows_(grad._values(), self.decoder_weight, grad._indices()[0])
         else:
             project_rows_(grad, self.decoder_weight, None)

@@ -70,7 +70,7 @@ def project_rows_(grad: Tensor, unit: Tensor, grad_rows: Tensor | None) -> None:
     Args:
         grad: [rows, d], or [n, d] with ``grad_rows``; float32 or float64, contiguous.
         unit: [rows, d], rows of norm 1, of the same dtype.
-        grad_rows: the rows that ``grad`` is of, int64 [n].
+        grad_rows: the rows that ``grad`` is of, int64 [n], in any order.
 
     Raises:
         TypeError: a dtype that is not float32 or float64, or not the same.
