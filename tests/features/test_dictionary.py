@@ -1,6 +1,7 @@
 """The sparse autoencoder: what a token's code may depend on, what files keep, and what is refused."""
 
 import pytest
+import safetensors.torch
 import torch
 
 from apportion.allocate import FeatureChoice, MutualChoice, NofM, Threshold, TokenChoice, Zipf
@@ -53,6 +54,27 @@ def test_a_tokens_code_is_bit_identical_alone_and_in_any_batch(kind: str, precis
         assert torch.equal(alone.output[0], together.output[token])
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:77]
     assert torch.equal(sae(x[order]).codes.to_dense(), dense[order])
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_the_older_file(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = dictionary("TopK")
+    sae.save(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full(*_: object) -> None:
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(InputError, match=r"the disk is full while writing .*model.safetensors: free some space"):
+        sae.save(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert {each.name for each in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_saved_files_follow_the_users_umask(tmp_path) -> None:
+    dictionary("TopK").save(tmp_path)
+    modes = {(tmp_path / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -57,6 +57,17 @@ def same_bits(ours: Codes, theirs: Codes) -> bool:
     return all(one.dtype == two.dtype and one.equal(two) for one, two in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_the_weight_is_kept_only_for_the_gradient_to_x(needs_x: bool) -> None:
+    dictionary = gaussian(5, 40, 7)
+    x, weight = dictionary.x.clone().requires_grad_(needs_x), dictionary.weight.clone().requires_grad_()
+    codes = encode_select(x, weight, dictionary.bias, "rows", 3, None, "float32", False)
+    kept = [each.data_ptr() for each in codes[2].grad_fn.saved_tensors if each is not None]
+    assert (weight.data_ptr() in kept) == needs_x
+    codes[2].sum().backward()
+    assert weight.grad is not None
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_a_sparse_gradient_holds_the_bits_of_the_winners_rows(how: str) -> None:
     dictionary = gaussian(5, 40, 7)

@@ -94,7 +94,9 @@ def _(
 def _keep_winners(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, *_, ctx.sparse_grad = inputs
     crow, col, _ = output
-    ctx.save_for_backward(x, weight, crow, col)
+    ctx.columns = weight.shape[0]
+    # Only the gradient to x asks for the weight, which may be a copy that nobody else keeps.
+    ctx.save_for_backward(x, weight if ctx.needs_input_grad[0] else None, crow, col)
 
 
 def _backward(ctx, _crow, _col, grad):  # type: ignore[no-untyped-def]
@@ -102,8 +104,8 @@ def _backward(ctx, _crow, _col, grad):  # type: ignore[no-untyped-def]
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     to_x = csr_matmul(crow, col, grad, weight) if needs_x else None
     transposed_matmul = touched_columns if ctx.sparse_grad else csr_transposed_matmul
-    to_weight = transposed_matmul(crow, col, grad, x, weight.shape[0]) if needs_weight else None
-    to_bias = grad.new_zeros(weight.shape[0]).index_add_(0, col, grad) if needs_bias else None
+    to_weight = transposed_matmul(crow, col, grad, x, ctx.columns) if needs_weight else None
+    to_bias = grad.new_zeros(ctx.columns).index_add_(0, col, grad) if needs_bias else None
     return to_x, to_weight, to_bias, None, None, None, None, None, None
 
 
