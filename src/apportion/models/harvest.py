@@ -201,7 +201,7 @@ def _joined(folder: Path, manifests: dict[Path, dict[str, Any]]) -> dict[str, An
     """The manifest of the whole."""
     first_path, first = next(iter(manifests.items()))
     for number, (path, manifest) in enumerate(manifests.items()):
-        differences = _differences(first["made_from"], manifest["made_from"])
+        differences = _differences(manifest["made_from"], first["made_from"])
         if manifest["part"] != number:
             raise InputError(f"{path} is part {manifest['part']}, whatever its name says: put it back, or delete it")
         if differences:
