@@ -497,8 +497,8 @@ def _check_room_for_parts(folder: Path, parts: int) -> None:
         if there != parts:
             was = "in one piece" if there is None else f"in {there} parts"
             raise InputError(
-                f"folder {folder} holds a harvest {was}, not in {parts} parts: open that, choose another folder, or "
-                "delete this one"
+                f"folder {folder} holds a harvest {was}, not in {parts} parts: go on as it was begun, choose "
+                "another folder, or delete this one"
             )
     ours = re.compile(rf"\..*|{MANIFEST}|part-\d+-of-{parts:05}")
     others = sorted(path.name for path in folder.iterdir() if not ours.fullmatch(path.name))
@@ -537,8 +537,8 @@ def _start_or_resume(
         return manifest
     if any(folder.glob(PARTS)):
         raise InputError(
-            f"folder {folder} holds parts of a harvest: finish them all (part=...) and call join_parts, or choose "
-            "another folder"
+            f"folder {folder} holds parts of a harvest: finish them, by as many processes as began it, and call "
+            "join_parts, or choose another folder"
         )
     if any(folder.iterdir()):
         raise InputError(f"folder {folder} is not empty and holds no harvest: choose a new folder")
