@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from apportion.cli import compare, doctor, evaluate, fetch, report, study, train
-from apportion.cli.errors import exit_code, processes
-from apportion.errors import InputError
+from apportion.cli.errors import exit_code
 
 app = typer.Typer(
     name="apportion",
@@ -32,16 +31,13 @@ def _show_version(wanted: bool) -> bool:
 
 @app.callback()
 def _apportion(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", envvar="APPORTION_DEBUG", help="Show the traceback of an error.")
     ] = False,
-) -> None:
-    if processes() > 1 and context.invoked_subcommand != "train":
-        raise InputError(f"`apportion {context.invoked_subcommand}` is for one process: run it without torchrun")
+) -> None: ...
 
 
 for command in (

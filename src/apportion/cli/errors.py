@@ -21,6 +21,7 @@ def exit_code(app: typer.Typer, arguments: list[str]) -> int:
     """Run ``app``; print what went wrong, if anything did, on stderr, and return the code to leave with."""
     with _plain_warnings():
         try:
+            _check_processes(arguments)
             code = app(arguments, prog_name="apportion", standalone_mode=False)
         except KeyboardInterrupt:
             code = INTERRUPTED
@@ -36,9 +37,15 @@ def exit_code(app: typer.Typer, arguments: list[str]) -> int:
     return code
 
 
-def processes() -> int:
+def _processes() -> int:
     """How many processes run this command: those that torchrun started, or one."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def _check_processes(arguments: list[str]) -> None:
+    command = next((each for each in arguments if not each.startswith("-")), "train")
+    if _processes() > 1 and command != "train":
+        raise InputError(f"`apportion {command}` is for one process: run it without torchrun")
 
 
 @contextlib.contextmanager
@@ -52,7 +59,7 @@ def about(option: str) -> Iterator[None]:
 
 def _speaks() -> bool:
     """Of several processes that fail only the first one says why."""
-    if processes() == 1:
+    if _processes() == 1:
         return True
     from apportion.features.job import first_to_fail
 
@@ -106,7 +113,7 @@ def _plain_warnings() -> Iterator[None]:
 
     Of several processes only the first one prints them.
     """
-    silent = processes() > 1 and os.environ["RANK"] != "0"
+    silent = _processes() > 1 and os.environ["RANK"] != "0"
     handler = logging.NullHandler() if silent else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     handler.setLevel(logging.WARNING)

@@ -87,8 +87,7 @@ def train(
 
     # What needs no model is checked before one is loaded; a width to fit the budget stands in for the model's.
     planned = recipe(max(1, int(budget) + 1), tokens)
-    with about("--mesh" if mesh is not None else "torchrun"):
-        job = join_job(mesh, device)
+    job = join_job(mesh, device)
     if job.mesh is not None:
         check_over_mesh(planned)
     if out is not None:

@@ -96,8 +96,8 @@ def join_job(mesh: str | None, device: str) -> Job:
     started = started_by_torchrun()
     if mesh is not None and not started:
         raise InputError(
-            f"mesh {mesh} is for several processes: start the command with `torchrun --nproc-per-node N -m apportion`, "
-            "or leave the mesh out"
+            f"mesh={mesh}: a mesh is for several processes; start the command with "
+            "`torchrun --nproc-per-node N -m apportion`, or leave the mesh out"
         )
     size = int(os.environ["WORLD_SIZE"]) if started else 1
     if mesh is None and size == 1:
@@ -146,11 +146,11 @@ def _shape(mesh: str | None, size: int) -> tuple[int, int]:
         return size, 1
     found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", mesh)
     if found is None:
-        raise InputError(f"mesh {mesh!r} is not of the form DATAxFEATURE: give two numbers, such as {size}x1")
+        raise InputError(f"mesh={mesh!r} is not of the form DATAxFEATURE: give two numbers, such as {size}x1")
     data, feature = int(found[1]), int(found[2])
     if data * feature != size:
         raise InputError(
-            f"mesh {mesh} is of {data * feature} processes, but torchrun started {size} (--nnodes times "
+            f"mesh={mesh}: that is {data * feature} processes, but torchrun started {size} (--nnodes times "
             f"--nproc-per-node): give two numbers whose product is {size}, such as {size}x1 or 1x{size}"
         )
     return data, feature
@@ -161,7 +161,7 @@ def _own_device(device: str) -> str:
         return device
     number, here, gpus = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if device != "cuda" and here > 1:
-        raise InputError(f"device {device} is one GPU for {here} processes: give cuda, and each takes its own")
+        raise InputError(f"device={device} is one GPU for {here} processes: give cuda, and each takes its own")
     if here > gpus:
-        raise InputError(f"device {device}: torchrun started {here} processes on a machine that has {gpus} GPUs")
+        raise InputError(f"device={device}: torchrun started {here} processes on a machine that has {gpus} GPUs")
     return f"cuda:{number}" if device == "cuda" else device
