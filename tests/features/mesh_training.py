@@ -163,12 +163,12 @@ def count_bytes(mesh: Mesh) -> dict[str, list[int]]:
 
 
 def in_bfloat16() -> dict[str, list[list[float]]]:
-    """The losses of two processes and of one."""
+    """The losses of one process and of two, and those of two in float32."""
 
     def losses(mesh: Mesh) -> dict[str, list[float]]:
         found = {}
         for rule in RULES:
-            planned = recipe(rule, precision="bfloat16", steps=12)
+            planned = recipe(rule, precision=precision)
             options = {"progress": False, "log_every": 1}
             if mesh.device_mesh.size() == 1:
                 _, result = fit_dictionary(planned, batches, WIDTH, **options)
@@ -177,7 +177,11 @@ def in_bfloat16() -> dict[str, list[list[float]]]:
             found[rule] = [record["loss"] for record in result.history]
         return found
 
-    runs = [on_mesh(1, 1, losses)[0], on_mesh(1, 2, losses)[0], on_mesh(2, 1, losses)[0]]
+    runs, precision = [], "bfloat16"
+    for data, feature in ((1, 1), (1, 2), (2, 1)):
+        runs.append(on_mesh(data, feature, losses)[0])
+    precision = "float32"
+    runs.append(on_mesh(2, 1, losses)[0])
     return {rule: [run[rule] for run in runs] for rule in RULES}
 
 
