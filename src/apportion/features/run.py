@@ -331,7 +331,7 @@ def prepare_store(
         return _split(source, store)
     own = range(parts) if job.size == 1 else [job.rank]
     parts = max(parts, job.size)
-    by = f", {parts} parts by {job.size} processes (shown: the first)" if job.size > 1 else ""
+    by = f", {parts} parts by {job.size} processes (shown: the first)" if job.size > 1 and not complete else ""
     _say(progress, f"activations: harvesting into {folder}{by}")
     run = partial(
         harvest,
