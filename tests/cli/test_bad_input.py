@@ -46,6 +46,7 @@ def _refused(outcome, *named, code=2):
         (("--device", "tpu9"), ("MODEL", "tpu9")),
         (("--context", "4096"), ("context is 4096", "256")),
         (("--tokens", "5"), ("tokens is 5", "32")),
+        (("--mesh", "2x1"), ("mesh=2x1", "torchrun --nproc-per-node")),
         (("--dataset", "some/texts"), ("--dataset some/texts", "give one of them")),
     ],
 )

@@ -1,6 +1,6 @@
 """Not a test: trains small dictionaries over meshes and on one process; test_distributed.py runs it and compares.
 
-mesh_training.py equal | bytes | checkpoints FOLDER
+mesh_training.py equal | killed FOLDER | others FOLDER
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def batches(step: int) -> Tensor:
     return (weights * active) @ directions + 0.1 * torch.randn(TOKENS, WIDTH, generator=generator) + 0.5
 
 
-def recipe(rule: str, auxiliary: str = "zipf", steps: int = 6) -> Recipe:
+def recipe(rule: str, auxiliary: str = "zipf", steps: int = 6, precision: str = "float32") -> Recipe:
     return Recipe(
         RULES[rule],
         n_features=FEATURES,
@@ -49,6 +49,7 @@ def recipe(rule: str, auxiliary: str = "zipf", steps: int = 6) -> Recipe:
         # From the second step on nearly every batch leaves some feature silent, so the auxiliary loss has work.
         dead_after=TOKENS,
         phases=Phases(mutual_fraction=0.5, refresh_every=2),
+        precision=precision,
     )
 
 
@@ -161,6 +162,29 @@ def count_bytes(mesh: Mesh) -> dict[str, list[int]]:
     return found
 
 
+def in_bfloat16() -> dict[str, list[list[float]]]:
+    """The losses of one process and of two, and those of two in float32."""
+
+    def losses(mesh: Mesh) -> dict[str, list[float]]:
+        found = {}
+        for rule in RULES:
+            planned = recipe(rule, precision=precision)
+            options = {"progress": False, "log_every": 1}
+            if mesh.device_mesh.size() == 1:
+                _, result = fit_dictionary(planned, batches, WIDTH, **options)
+            else:
+                _, result = fit_dictionary_over_mesh(planned, batches, WIDTH, mesh, **options)
+            found[rule] = [record["loss"] for record in result.history]
+        return found
+
+    runs, precision = [], "bfloat16"
+    for data, feature in ((1, 1), (1, 2), (2, 1)):
+        runs.append(on_mesh(data, feature, losses)[0])
+    precision = "float32"
+    runs.append(on_mesh(2, 1, losses)[0])
+    return {rule: [run[rule] for run in runs] for rule in RULES}
+
+
 def checkpoints(folder: Path) -> dict[str, Any]:
     """Four processes pause after three steps; four, two and one go on, and so does a run that never paused."""
 
@@ -236,4 +260,4 @@ if __name__ == "__main__":
         print(json.dumps(killed(folder)))
     else:
         mesh_of_four = {"bytes": on_mesh(2, 2, count_bytes), "shards": on_mesh(1, 4, shards)}
-        print(json.dumps(mesh_of_four | {"checkpoints": checkpoints(folder)}))
+        print(json.dumps(mesh_of_four | {"bfloat16": in_bfloat16(), "checkpoints": checkpoints(folder)}))

@@ -18,7 +18,7 @@ from apportion.features import (
     fit_dictionary,
 )
 from apportion.features.optimizer import dictionary_adam
-from apportion.ops.encode import scores_memory
+from apportion.ops.encode.cpu import scores_memory
 from apportion.training import train
 
 WORLD = SyntheticDictionary(d=16, n_true=32, mean_l0=3.0, seed=0)

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -168,6 +170,20 @@ def test_a_run_reopened_is_the_run(run, prepared):
     assert all(torch.equal(a, b) for a, b in zip(again.sae.parameters(), run.sae.parameters(), strict=True))
     assert reopen_store(again).store.folder == prepared.store.folder
     assert evaluate_dictionary(again.sae, prepared, None)["metrics"]["fvu"] == run.evaluation["metrics"]["fvu"]
+
+
+def test_a_store_that_is_gone_is_harvested_again_in_as_many_parts(source, lm, apportion_cache, tmp_path):
+    prepared = prepare_store(source, lm=lm, folder=tmp_path / "store", parts=3, progress=False)
+    assert prepared.provenance["store"]["parts"] == 3
+    run = train_run(tmp_path / "run", prepared, _recipe(steps=5, batch_size=128, n_features=64), progress=False)
+    shutil.rmtree(tmp_path / "store")
+
+    again = reopen_store(open_run(run.folder), progress=False)
+
+    assert again.store.folder.is_relative_to(apportion_cache)
+    assert again.provenance == prepared.provenance
+    for name in ("train", "calibration", "test"):
+        assert torch.equal(getattr(again, name).documents(), getattr(prepared, name).documents())
 
 
 def test_a_folder_keeps_to_one_run(run, prepared):

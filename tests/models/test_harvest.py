@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 
 from apportion.data import Document, corpus
 from apportion.errors import InputError
-from apportion.models import ActivationStore, Site, load
+from apportion.models import ActivationStore, Site, join_parts, load
 from apportion.models.harvest import harvest
 
 harvest_module = sys.modules["apportion.models.harvest"]
@@ -177,14 +178,15 @@ from apportion.models.language import load
 words = np.random.default_rng(0).integers(0, 10**6, size=(600, 30))
 documents = [Document(str(i), " ".join(map(str, row[: 1 + i % 30]))) for i, row in enumerate(words)]
 lm, folder = load({model!r}), {folder!r}
-settings = dict(context=16, tokens=16_000, shard_tokens=320, batch_size=5, progress=False)
+settings = dict(context=16, tokens={tokens}, shard_tokens=320, batch_size=5, part={part}, progress=False)
 harvest(lm, "layers.1.residual", documents, folder, **settings)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_harvest_killed_at_random_moments_ends_with_the_same_bytes(tiny_llama, tmp_path):
+@pytest.mark.parametrize(("part", "tokens", "inside"), [(None, 16_000, "."), ((1, 2), 32_000, "part-00001-of-00002")])
+def test_a_harvest_killed_at_random_moments_ends_with_the_same_bytes(tiny_llama, tmp_path, part, tokens, inside):
     # The processes are forked from one that has imported the libraries, so that their time goes into the harvest.
     context = multiprocessing.get_context("forkserver")
     libraries = ["accelerate", "transformers.generation", "transformers.models.auto.modeling_auto"]
@@ -192,28 +194,28 @@ def test_a_harvest_killed_at_random_moments_ends_with_the_same_bytes(tiny_llama,
 
     def start(folder):
         script = tmp_path / f"{folder.name}.py"
-        script.write_text(HARVEST.format(model=str(tiny_llama), folder=str(folder)))
+        script.write_text(HARVEST.format(model=str(tiny_llama), folder=str(folder), part=part, tokens=tokens))
         process = context.Process(target=runpy.run_path, args=(str(script),))
         process.start()
         return process
 
-    whole, broken = start(tmp_path / "whole"), tmp_path / "broken"
+    whole, written = start(tmp_path / "whole"), tmp_path / "broken" / inside
     moments = random.Random()
     for target in sorted(moments.sample(range(35), 5)):
-        process = start(broken)
-        while len(list(broken.glob("shard-*"))) < target or not broken.exists():
+        process = start(tmp_path / "broken")
+        while len(list(written.glob("shard-*"))) < target or not written.exists():
             assert process.exitcode is None
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.03))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    last = start(broken)
+    last = start(tmp_path / "broken")
     last.join()
     whole.join()
     assert (whole.exitcode, last.exitcode) == (0, 0)
-    assert contents(broken) == contents(tmp_path / "whole")
-    assert ActivationStore.open(broken).n_tokens >= 16_000
+    assert contents(written) == contents(tmp_path / "whole" / inside)
+    assert ActivationStore.open(written).n_tokens >= 16_000
 
 
 def test_a_truncated_shard_is_not_built_upon(lm, tmp_path):
@@ -235,6 +237,231 @@ def test_two_harvests_do_not_write_the_same_folder(lm, tmp_path, monkeypatch):
 
     monkeypatch.setattr(harvest_module, "capture", capture_while_another_starts)
     assert make(tmp_path / "store", lm).n_tokens >= 1500
+
+
+# ---------------------------------------------------------------------------------------------------- in parts
+
+
+def make_parts(folder, lm, parts, texts=None, order=None, **changes):
+    """What jobs that know nothing of each other write, and the store that is made of it."""
+    texts = documents() if texts is None else texts
+    for number in order or range(parts):
+        make(folder, lm, texts, part=(number, parts), **changes)
+    return join_parts(folder, texts)
+
+
+def all_contents(folder: Path):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def documents_of_contexts(store):
+    return [set(row.tolist()) for shard in store._shards for row in shard.tensor("document")]
+
+
+def documents_of_whole_contexts(lm, count=36):
+    """Documents that fill one to three contexts of 16 tokens, so that none shares a context with another."""
+    texts = []
+    for document in documents(count):
+        text = document.text
+        while text and (len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) + 1) % 16:
+            text = text[:-1]
+        texts += [replace(document, text=text)] if text else []
+    return texts
+
+
+def rows_by_document(store):
+    number, position = store.origins(np.arange(store.n_tokens))
+    rows, found = store.read(np.arange(store.n_tokens)), {}
+    for index in np.lexsort((position, number)):
+        found.setdefault(int(number[index]), []).append((int(position[index]), rows[index]))
+    return found
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_parts_hold_what_a_harvest_in_one_piece_holds_of_documents_that_fill_whole_contexts(lm, tmp_path, parts):
+    texts = documents_of_whole_contexts(lm)
+    # More tokens than there are: all documents are in both. The ratio leaves out many tokens.
+    changes = {"tokens": 100_000, "max_norm_ratio": 1.2, "dtype": "float32"}
+    alone = make(tmp_path / "alone", lm, texts, **changes)
+    joined = make_parts(tmp_path / "parts", lm, parts, texts, **changes)
+    assert joined.n_contexts == alone.n_contexts > 40
+    assert joined.manifest["norm_medians"] == alone.manifest["norm_medians"]
+    assert joined.manifest["documents"] == alone.manifest["documents"]
+    expected, found = rows_by_document(alone), rows_by_document(joined)
+    assert len(expected) == len(texts)
+    assert {number: [place for place, _ in rows] for number, rows in found.items()} == {
+        number: [place for place, _ in rows] for number, rows in expected.items()
+    }
+    for number, rows in expected.items():
+        for (_, row), (_, other) in zip(rows, found[number], strict=True):
+            torch.testing.assert_close(other, row, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_every_part_lays_its_own_documents_end_to_end(lm, tmp_path, parts):
+    joined = make_parts(tmp_path / "store", lm, parts)
+    for number in range(parts):
+        part = ActivationStore.open(tmp_path / "store" / f"part-{number:05}-of-{parts:05}")
+        token_ids = part.contexts(0, part.n_contexts)[0]
+        assert torch.equal(token_ids.flatten(), expected_stream(lm, documents()[number::parts])[: token_ids.numel()])
+        assert {each % parts for one in documents_of_contexts(part) for each in one} == {number}
+        assert part.n_tokens >= 1500 // parts
+    assert 1500 <= joined.n_tokens < 1500 + parts * 15
+    joined.verify()
+
+
+def test_parts_end_with_the_same_bytes_in_whatever_order_they_are_finished(lm, tmp_path):
+    make_parts(tmp_path / "one", lm, 4)
+    make_parts(tmp_path / "other", lm, 4, order=[2, 0, 3, 1])
+    whole = all_contents(tmp_path / "one")
+    assert all_contents(tmp_path / "other") == whole
+    join_parts(tmp_path / "one", documents())
+    assert all_contents(tmp_path / "one") == whole
+
+
+@pytest.mark.parametrize("batches", [0, 1, 4, 6])
+def test_an_interrupted_part_continues_and_ends_with_the_same_bytes(lm, tmp_path, monkeypatch, batches):
+    make_parts(tmp_path / "whole", lm, 2)
+    capture, calls = harvest_module.capture, []
+
+    def failing_capture(*arguments):
+        calls.append(1)
+        if len(calls) > batches:
+            raise Interrupted
+        return capture(*arguments)
+
+    make(tmp_path / "broken", lm, part=(0, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(harvest_module, "capture", failing_capture)
+        with pytest.raises(Interrupted):
+            make(tmp_path / "broken", lm, part=(1, 2))
+    refused(lambda: join_parts(tmp_path / "broken", documents()), "part-00001-of-00002", "not finished")
+    refused(lambda: ActivationStore.open(tmp_path / "broken"), "not one store yet", "join_parts")
+    make_parts(tmp_path / "broken", lm, 2)
+    assert all_contents(tmp_path / "broken") == all_contents(tmp_path / "whole")
+
+
+def test_the_store_of_parts_is_split_so_that_no_document_is_on_both_sides(lm, tmp_path):
+    store = make_parts(tmp_path / "store", lm, 4, documents(400), tokens=6000)
+    of_context = documents_of_contexts(store)
+    train, held_out = store.split(0.2)
+    trained, held = (set(view.documents().tolist()) for view in (train, held_out))
+    assert not trained & held
+    assert 0.1 < held_out.n_tokens / store.n_tokens < 0.3
+    left_out = set(range(store.n_contexts)) - set(train._chosen) - set(held_out._chosen)
+    assert left_out
+    # Nothing is left out but what has documents of both kinds.
+    assert not [each for each in left_out if of_context[each] <= trained or of_context[each] <= held]
+    assert train.batches(100)(3).shape == (100, 32)
+
+
+def test_a_missing_part_is_named(lm, tmp_path):
+    make(tmp_path, lm, part=(0, 3))
+    make(tmp_path, lm, part=(2, 3))
+    refused(lambda: join_parts(tmp_path, documents()), str(tmp_path), "part-00001-of-00003", "part=(1, 3)")
+    refused(lambda: join_parts(tmp_path / "none", documents()), "holds no parts")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"tokens": 2000}, "tokens is 2000, there it was 1500"),
+        ({"site": "layers.0.residual"}, "sites is {'layers.0.residual': 32}"),
+        ({"batch_size": 8}, "batch_size is 8, there it was 4"),
+    ],
+)
+def test_parts_of_other_arguments_are_not_joined(lm, tmp_path, changes, fragment):
+    make(tmp_path, lm, part=(0, 2))
+    make(tmp_path, lm, part=(1, 2), **changes)
+    refused(lambda: join_parts(tmp_path, documents()), "part-00001-of-00002", fragment)
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_parts_of_another_model_or_other_documents_are_not_joined(lm, tmp_path):
+    make(tmp_path, lm, part=(0, 2))
+    other = replace(lm)
+    other.fingerprint = "0" * 32
+    make(tmp_path, other, part=(1, 2))
+    refused(lambda: join_parts(tmp_path, documents()), "part-00001-of-00002", f"model is '{'0' * 8}")
+    shutil.rmtree(tmp_path / "part-00001-of-00002")
+    changed = documents()
+    changed[4] = replace(changed[4], text=changed[4].text + "!")
+    make(tmp_path, lm, changed, part=(1, 2))
+    # The document that was changed belongs to the other part: this one's tokens are the same.
+    refused(lambda: join_parts(tmp_path, documents()), "part-00001-of-00002", "other documents")
+    refused(lambda: join_parts(tmp_path, changed), "part-00000-of-00002", "other documents")
+
+
+def test_a_part_under_the_name_of_another_is_noticed(lm, tmp_path):
+    make(tmp_path, lm, part=(0, 2))
+    shutil.copytree(tmp_path / "part-00000-of-00002", tmp_path / "part-00001-of-00002")
+    refused(lambda: join_parts(tmp_path, documents()), "part-00001-of-00002", "is part 0")
+    refused(lambda: make(tmp_path, lm, part=(1, 2)), "part is 1, there it was 0")
+
+
+def test_a_finished_store_is_used_in_however_many_parts_it_was_harvested(lm, tmp_path, monkeypatch):
+    make_parts(tmp_path / "parts", lm, 2)
+    make(tmp_path / "alone", lm)
+    before = all_contents(tmp_path)
+    monkeypatch.setattr(harvest_module, "capture", None)
+    assert make(tmp_path / "parts", lm).parts == 2
+    make_parts(tmp_path / "parts", lm, 2)
+    refused(lambda: make(tmp_path / "parts", lm, tokens=2000), "tokens is 2000, there it was 1500")
+    refused(lambda: make(tmp_path / "parts", lm, documents(seed=1)), "other documents")
+    refused(lambda: make(tmp_path / "parts", lm, part=(0, 3)), "in 2 parts, not in 3 parts")
+    refused(lambda: make(tmp_path / "alone", lm, part=(0, 2)), "in one piece, not in 2 parts")
+    assert all_contents(tmp_path) == before
+
+
+def test_parts_of_two_harvests_and_other_things_are_kept_apart(lm, tmp_path):
+    make(tmp_path / "store", lm, part=(0, 2))
+    refused(lambda: make(tmp_path / "store", lm, part=(0, 3)), "part-00000-of-00002", "as many parts")
+    refused(lambda: make(tmp_path / "store", lm), "holds parts of a harvest", "join_parts")
+    shutil.copytree(tmp_path / "store" / "part-00000-of-00002", tmp_path / "store" / "part-00000-of-00003")
+    refused(lambda: join_parts(tmp_path / "store", documents()), "part-00000-of-00002 and part-00000-of-00003")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    refused(lambda: make(tmp_path, lm, part=(0, 2)), "holds", "new folder")
+
+
+def test_a_store_of_parts_notices_damaged_missing_and_foreign_shards(lm, tmp_path):
+    store = make_parts(tmp_path, lm, 2)
+    shard = tmp_path / "part-00001-of-00002" / "shard-00001.safetensors"
+    shutil.copy(shard, shard.with_name("shard-00009.safetensors"))
+    refused(lambda: ActivationStore.open(tmp_path), "part-00001-of-00002/shard-00009", "does not list")
+    shard.with_name("shard-00009.safetensors").unlink()
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    refused(store.verify, "part-00001-of-00002/shard-00001", "checksum")
+    shutil.copy(tmp_path / "part-00000-of-00002" / shard.name, shard)
+    refused(lambda: ActivationStore.open(tmp_path), "is not shard 1/1")
+    shard.unlink()
+    refused(lambda: ActivationStore.open(tmp_path), "part-00001-of-00002/shard-00001", "missing")
+
+
+def test_parts_that_would_hold_too_little_are_refused(lm, tmp_path):
+    refused(lambda: make(tmp_path / "a", lm, part=(0, 100)), "tokens is 1500", "100 parts", "one context (16)")
+    for part in ((2, 2), (-1, 2), (0, 0)):
+        refused(lambda part=part: make(tmp_path / "a", lm, part=part), f"part is {part}")
+    assert not (tmp_path / "a").exists()
+    refused(lambda: make(tmp_path / "b", lm, documents(3), part=(3, 4)), "part-00003-of-00004", "fewer parts")
+
+
+def test_a_part_is_written_by_one_process_and_not_while_all_are_joined(lm, tmp_path, monkeypatch):
+    capture = harvest_module.capture
+
+    def capture_while_others_start(*arguments):
+        monkeypatch.setattr(harvest_module, "capture", capture)
+        refused(lambda: make(tmp_path, lm, part=(0, 2)), "another harvest", "part-00000-of-00002")
+        make(tmp_path, lm, part=(1, 2))
+        refused(lambda: join_parts(tmp_path, documents()), "another harvest")
+        refused(lambda: make(tmp_path, lm), "another harvest")
+        return capture(*arguments)
+
+    monkeypatch.setattr(harvest_module, "capture", capture_while_others_start)
+    make(tmp_path, lm, part=(0, 2))
+    assert join_parts(tmp_path, documents()).n_tokens >= 1500
 
 
 # ---------------------------------------------------------------------------------------------------- memory

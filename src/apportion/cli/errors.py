@@ -21,6 +21,7 @@ def exit_code(app: typer.Typer, arguments: list[str]) -> int:
     """Run ``app``; print what went wrong, if anything did, on stderr, and return the code to leave with."""
     with _plain_warnings():
         try:
+            _check_processes(arguments)
             code = app(arguments, prog_name="apportion", standalone_mode=False)
         except KeyboardInterrupt:
             code = INTERRUPTED
@@ -28,11 +29,23 @@ def exit_code(app: typer.Typer, arguments: list[str]) -> int:
             code = _code_of(error)
             if _wants_traceback(arguments):
                 traceback.print_exc()
-            _say("error", _message_of(error))
+            if code != INTERRUPTED and _speaks():
+                _say("error", _message_of(error))
     code = code if isinstance(code, int) else SUCCESS
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and _speaks():
         _say("interrupted", "everything finished so far is kept; to go on, run the same command again")
     return code
+
+
+def _processes() -> int:
+    """How many processes run this command: those that torchrun started, or one."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def _check_processes(arguments: list[str]) -> None:
+    command = next((each for each in arguments if not each.startswith("-")), "train")
+    if _processes() > 1 and command != "train":
+        raise InputError(f"`apportion {command}` is for one process: run it without torchrun")
 
 
 @contextlib.contextmanager
@@ -42,6 +55,15 @@ def about(option: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{option}: {error}") from error
+
+
+def _speaks() -> bool:
+    """Of several processes that fail only the first one says why."""
+    if _processes() == 1:
+        return True
+    from apportion.features.job import first_to_fail
+
+    return first_to_fail()
 
 
 def _code_of(error: Exception) -> int:
@@ -87,15 +109,19 @@ def _wants_traceback(arguments: list[str]) -> bool:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings of Python and of loggers as a line on stderr, without file names and source lines."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Warnings of Python and of loggers as a line on stderr, without file names and source lines.
+
+    Of several processes only the first one prints them.
+    """
+    silent = _processes() > 1 and os.environ["RANK"] != "0"
+    handler = logging.NullHandler() if silent else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     handler.setLevel(logging.WARNING)
     ours = logging.getLogger("apportion")
     ours.addHandler(handler)
     propagated, ours.propagate = ours.propagate, False
     shown = warnings.showwarning
-    warnings.showwarning = lambda message, *_, **__: _say("warning", str(message))
+    warnings.showwarning = lambda message, *_, **__: None if silent else _say("warning", str(message))
     try:
         yield
     finally:

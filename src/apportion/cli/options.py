@@ -11,6 +11,7 @@ from apportion.cli.errors import about
 from apportion.errors import InputError
 
 if TYPE_CHECKING:
+    from apportion.features.job import Job
     from apportion.features.run import PreparedStore
     from apportion.models import LanguageModel
 
@@ -95,6 +96,17 @@ ModelDtype = Annotated[
     str, typer.Option(help="float32, bfloat16, or auto (bfloat16 where it is fast).", rich_help_panel=_MACHINE)
 ]
 Device = Annotated[str, typer.Option(help="A torch device: cpu, cuda, cuda:1 ...", rich_help_panel=_MACHINE)]
+MeshShape = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh",
+        metavar="DATAxFEATURE",
+        help="Under torchrun: how many processes share the tokens and how many the features, such as 4x16; default all "
+        "share the tokens.",
+        rich_help_panel=_MACHINE,
+        show_default=False,
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -113,11 +125,12 @@ class DataOptions:
     store: Path | None
     device: str
 
-    def prepare(self, check: Callable[[int], Any]) -> "tuple[LanguageModel, PreparedStore]":
+    def prepare(self, check: Callable[[int], Any], job: "Job | None" = None) -> "tuple[LanguageModel, PreparedStore]":
         """Check everything that can be checked, then find or harvest the activations.
 
         Args:
             check: refuses recipes that cannot work, given the width of the activations.
+            job: the processes that harvest them, if there are several.
         """
         from apportion.features.run import ActivationSource, check_text, check_writable, prepare_store
         from apportion.models import Site, load
@@ -151,7 +164,7 @@ class DataOptions:
             self.held_out,
         )
         check(site.width(lm))
-        return lm, prepare_store(source, lm=lm, folder=self.store)
+        return lm, prepare_store(source, lm=lm, folder=self.store, job=job)
 
 
 def default_out(model: str, *parts: str) -> Path:

@@ -45,13 +45,18 @@ def train(
     tensorboard: given.TensorBoard = False,
     model_dtype: given.ModelDtype = "float32",
     device: given.Device = "cpu",
+    mesh: given.MeshShape = None,
 ) -> None:
     """Harvest a model's activations, train a sparse dictionary of them and measure how good it is.
 
     Stop it whenever you like: the same command goes on where it was, and ends with the very same weights.
 
+    Several processes share all of it: [cyan]torchrun --nproc-per-node 4 -m apportion train smollm2 ...[/cyan]
+
     Example: [cyan]apportion train smollm2 --site layers.9.residual --rule topk --tokens 200000 --out runs/topk[/cyan]
     """
+    from apportion.features.distributed import check_over_mesh
+    from apportion.features.job import join_job
     from apportion.features.run import (
         check_run_folder,
         evaluate_dictionary,
@@ -81,14 +86,17 @@ def train(
         )
 
     # What needs no model is checked before one is loaded; a width to fit the budget stands in for the model's.
-    recipe(max(1, int(budget) + 1), tokens)
+    planned = recipe(max(1, int(budget) + 1), tokens)
+    job = join_job(mesh, device)
+    if job.mesh is not None:
+        check_over_mesh(planned)
     if out is not None:
         with about("--out"):
             check_run_folder(out)
     data = given.DataOptions(
-        model, site, text, dataset, tokens, context, store_dtype, model_dtype, held_out, store, device
+        model, site, text, dataset, tokens, context, store_dtype, model_dtype, held_out, store, job.device
     )
-    lm, prepared = data.prepare(lambda width: recipe(width, tokens))
+    lm, prepared = data.prepare(lambda width: recipe(width, tokens), job)
     place = out or given.default_out(model, prepared.source.site, rule, str(seed))
     settings: dict[str, Any] = {"tensorboard": tensorboard}
     if checkpoint_every is not None:
@@ -97,10 +105,14 @@ def train(
         place,
         prepared,
         recipe(prepared.train.width, prepared.train.n_tokens),
-        judge=lambda sae: evaluate_dictionary(sae, prepared, spliced_loss(prepared, lm), device=device),
-        device=device,
+        judge=lambda sae: evaluate_dictionary(sae, prepared, spliced_loss(prepared, lm), device=job.device),
+        device=job.device,
+        job=job,
         **settings,
     )
+    job.leave()
+    if not job.first:
+        return
     assert run.evaluation is not None
     if json:
         from apportion.studies import machine

@@ -260,6 +260,19 @@ def aux_k_loss_over_mesh(
     return added_up((residual - explained).square().sum() / _spread(residual, mesh), mesh, "data")
 
 
+def check_over_mesh(recipe: Recipe) -> None:
+    """Make sure that a recipe can be trained over a mesh, before anything expensive begins.
+
+    Raises:
+        InputError: a rule without a budget or a gated dictionary.
+    """
+    if recipe.gated or not recipe.has_budget:
+        raise InputError(
+            f"rule={recipe.rule}, gated={recipe.gated}: over a mesh only TokenChoice, MutualChoice and FeatureChoice "
+            "are trained; train others with fit_dictionary, on one process"
+        )
+
+
 def fit_dictionary_over_mesh(
     recipe: Recipe,
     batches: Batches,
@@ -300,11 +313,7 @@ def fit_dictionary_over_mesh(
     Raises:
         InputError: a rule without a budget or a gated dictionary, which are trained on one process.
     """
-    if recipe.gated or not recipe.has_budget:
-        raise InputError(
-            f"rule={recipe.rule}, gated={recipe.gated}: over a mesh only TokenChoice, MutualChoice and FeatureChoice "
-            "are trained; train others with fit_dictionary"
-        )
+    check_over_mesh(recipe)
     assert isinstance(recipe.rule, (TokenChoice, MutualChoice, FeatureChoice))
     sae = ShardedAutoencoder(d_in, recipe.n_features, recipe.rule, mesh, seed=recipe.seed)
     sae.precision = recipe.precision

@@ -2,7 +2,8 @@
 
 The commands and the studies both go through here, so that what is typed and what is claimed is the same thing. A run's
 folder holds ``run.json`` (what decides it), the training loop's files, ``dictionary/`` and ``evaluation.json``; every
-part is written whole, so that the same call finishes a run that was killed at any moment.
+part is written whole, so that the same call finishes a run that was killed at any moment. Several processes make one
+run by calling the same functions with the same `Job`; see ``join_job``.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +29,13 @@ from apportion.data.corpora import add_to_digest
 from apportion.data.files import explain_write_error, read_json, write_json
 from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
+from apportion.features.distributed import fit_dictionary_over_mesh
 from apportion.features.evaluate import SplicedLoss, evaluate_reconstruction
 from apportion.features.fitting import Recipe, fit_dictionary
+from apportion.features.job import Job
 from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.mutual_feature_choice import Phases
-from apportion.models import LanguageModel, Site, cache_dir, harvest, load
+from apportion.models import LanguageModel, Site, cache_dir, harvest, join_parts, load
 from apportion.models.activations import ActivationStore, StoreView, read_manifest
 from apportion.models.packaged import PACKAGES
 from apportion.training.state import differences
@@ -291,8 +295,12 @@ def prepare_store(
     folder: Path | str | None = None,
     device: str = "cpu",
     progress: bool = True,
+    parts: int = 1,
+    job: Job | None = None,
 ) -> PreparedStore:
     """Find the activations of a source, or harvest them; an interrupted harvest is continued.
+
+    A finished store is used as it is, however many processes harvested it.
 
     Args:
         source: which activations.
@@ -300,24 +308,33 @@ def prepare_store(
         folder: where they are or shall be; default a folder of the cache that all runs on the same data share.
         device: for the model.
         progress: show it on stderr.
+        parts: in how many to harvest them, one after the other; see ``harvest``.
+        job: the processes that harvest them, each a part, and all of which call this; they see the same folder.
 
     Raises:
         InputError: bad input of any kind, see ``load``, ``corpus`` and ``harvest``.
         ValueError: the model yields NaN or infinity.
     """
+    job = job or Job()
+    progress = progress and job.first
     check_text(source.text)
     lm = lm or load(source.model, source.model_dtype, device)
     Site.parse(source.site).resolve(lm.model)
     shared = folder is None
     folder = store_folder(source, lm) if folder is None else Path(folder).expanduser()
-    if shared and _is_complete(folder):
+    complete = job.as_first_says(_is_complete(folder))
+    if shared and complete:
         # Its name is a hash of all that decides it: no need to read the text again.
         store = ActivationStore.open(folder, source.site)
         store.check_model(lm)
         _say(progress, f"activations: {folder} ({store.n_tokens:,} tokens, harvested before)")
         return _split(source, store)
-    _say(progress, f"activations: harvesting into {folder}")
-    store = harvest(
+    own = range(parts) if job.size == 1 else [job.rank]
+    parts = max(parts, job.size)
+    by = f", {parts} parts by {job.size} processes (shown: the first)" if job.size > 1 and not complete else ""
+    _say(progress, f"activations: harvesting into {folder}{by}")
+    run = partial(
+        harvest,
         lm,
         source.site,
         corpus(source.text),
@@ -327,7 +344,17 @@ def prepare_store(
         dtype=source.dtype,
         progress=progress,
     )
-    return _split(source, store)
+    if complete or parts == 1:
+        if job.first:
+            run()
+    else:
+        for number in own:
+            run(part=(number, parts))
+        job.wait()
+        if job.first:
+            join_parts(folder, corpus(source.text))
+    job.wait()
+    return _split(source, ActivationStore.open(folder))
 
 
 def reopen_store(
@@ -352,7 +379,9 @@ def reopen_store(
     recorded = run.settings.get("store_folder")
     place = Path(folder).expanduser() if folder is not None else Path(recorded) if recorded else None
     if folder is None and (place is None or not _is_complete(place)):
-        return prepare_store(source, device=device, progress=progress)
+        # In as many parts, or other tokens would be held out.
+        parts = run.settings["provenance"]["store"].get("parts", 1)
+        return prepare_store(source, device=device, progress=progress, parts=parts)
     assert place is not None
     store = ActivationStore.open(place, source.site)
     trained_on, found = run.settings["provenance"]["store"]["model"], store.manifest["model"]
@@ -442,6 +471,7 @@ def train_run(
     judge: Callable[[SparseAutoencoder], dict[str, Any]] | None = None,
     device: str = "cpu",
     progress: bool = True,
+    job: Job | None = None,
     **settings: Any,
 ) -> TrainedRun:
     """Train and judge a dictionary in a folder; what an earlier call has done there is not done again.
@@ -453,6 +483,8 @@ def train_run(
         judge: measures the finished dictionary, see ``evaluate_dictionary``; None leaves it unmeasured.
         device: where to train.
         progress: show it on stderr.
+        job: the processes that train it, over its mesh, and all of which call this. The first one writes the files and
+            measures; what the others return has no evaluation.
         settings: overrides of ``TrainingSettings`` that do not decide the weights, such as ``tensorboard``.
 
     Raises:
@@ -460,7 +492,8 @@ def train_run(
         NonFiniteLossError: training diverged; checkpoints are kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the run can be continued.
     """
-    folder = Path(folder)
+    folder, job = Path(folder), job or Job()
+    progress = progress and job.first
     check_run_folder(folder)
     content = {
         "format": FORMAT,
@@ -470,22 +503,28 @@ def train_run(
         "store_folder": str(prepared.store.folder.resolve()),
     }
     _refuse_other_run(folder, content)
-    write_json(folder / "run.json", content)
+    if job.first:
+        write_json(folder / "run.json", content)
     dictionary, resumed_from = folder / "dictionary", None
-    if (dictionary / "config.json").exists():
+    if job.as_first_says((dictionary / "config.json").exists()):
         _say(progress, f"dictionary: {dictionary} is trained already")
         sae = SparseAutoencoder.load(dictionary, device)
     else:
         settings = {"checkpoint_every": max(1, min(500, recipe.steps // _CHECKPOINTS)), **settings}
+        over = ""
+        if job.mesh is not None:
+            over = f", over {job.mesh.size('data')} x {job.mesh.size('feature')} processes"
         _say(
             progress,
-            f"training: {recipe.steps:,} steps of {recipe.batch_size:,} tokens, {recipe.n_features:,} features",
+            f"training: {recipe.steps:,} steps of {recipe.batch_size:,} tokens, {recipe.n_features:,} features{over}",
         )
-        sae, result = fit_dictionary(
+        fit = fit_dictionary if job.mesh is None else partial(fit_dictionary_over_mesh, mesh=job.mesh)
+        sae, result = fit(
             recipe,
             prepared.train.batches(recipe.batch_size, recipe.seed),
             prepared.train.width,
-            calibration=prepared.calibration_batches,
+            # One calibrated dictionary is enough.
+            calibration=prepared.calibration_batches if job.first else None,
             folder=folder,
             provenance=prepared.provenance,
             device=device,
@@ -494,7 +533,11 @@ def train_run(
         )
         resumed_from = result.resumed_from
         sae.metadata = {**sae.metadata, "provenance": prepared.provenance, "source": content["source"]}
-        sae.save(dictionary)
+        if job.first:
+            sae.to(device).save(dictionary)
+    if not job.first:
+        job.wait()
+        return TrainedRun(folder, sae, None, content, resumed_from)
     # The dictionary has all that is worth keeping; with Adam's moments the checkpoints take six times its space.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     evaluation = read_json(folder / "evaluation.json") if (folder / "evaluation.json").exists() else None
@@ -502,6 +545,7 @@ def train_run(
         _say(progress, f"evaluating on {prepared.test.n_tokens:,} held-out tokens")
         evaluation = judge(sae)
         write_json(folder / "evaluation.json", evaluation)
+    job.wait()
     return TrainedRun(folder, sae, evaluation, content, resumed_from)
 
 

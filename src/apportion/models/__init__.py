@@ -2,7 +2,7 @@
 
 from apportion.models.activations import ActivationStore, StoreView
 from apportion.models.capture import capture
-from apportion.models.harvest import harvest
+from apportion.models.harvest import harvest, join_parts
 from apportion.models.language import LanguageModel, load
 from apportion.models.packaged import cache_dir, fetch
 from apportion.models.site import Site
@@ -17,6 +17,7 @@ __all__ = [
     "capture",
     "fetch",
     "harvest",
+    "join_parts",
     "load",
     "splice",
 ]

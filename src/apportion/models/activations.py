@@ -7,6 +7,16 @@ Every shard is an ordinary safetensors file that any tool can open. It holds who
     valid                           uint8  [contexts, T]    0 for tokens that training and evaluation leave out
 
 A shard belongs to a store once the manifest lists it with its size and checksum. ``harvest`` writes stores.
+
+A store that several processes harvested holds a folder for each, which is a store of its own::
+
+    part-00000-of-00004/   documents 0, 4, 8 ...: shards, and a manifest with "part": 0 and, in "made_from", "parts": 4
+    part-00001-of-00004/   documents 1, 5, 9 ...
+    ...
+    manifest.json          of the whole: lists the shards of all parts, in the order of the parts; "parts": 4
+
+Documents have the numbers of the whole text in all of them. ``join_parts`` writes the manifest of the whole, and no
+activation is copied.
 """
 
 import hashlib
@@ -30,6 +40,7 @@ from apportion.models.site import Site
 FORMAT = "apportion-activation-store"
 VERSION = 1
 MANIFEST = "manifest.json"
+PARTS = "part-*-of-*"
 # numpy has no bfloat16: its bits travel as uint16 until torch reads them.
 STORED: dict[str, tuple[str, np.dtype]] = {"bfloat16": ("BF16", np.dtype("<u2")), "float32": ("F32", np.dtype("<f4"))}
 _NUMPY_OF: dict[str, np.dtype] = {
@@ -63,7 +74,7 @@ class Place:
 
 
 def shard_layout(
-    contexts: int, length: int, widths: dict[str, int], dtype: str, identity: str, index: int
+    contexts: int, length: int, widths: dict[str, int], dtype: str, identity: str, label: str
 ) -> tuple[bytes, dict[str, Place], int]:
     """Plan a shard before any of its numbers is known.
 
@@ -73,7 +84,7 @@ def shard_layout(
         widths: width of every site.
         dtype: ``bfloat16`` or ``float32``.
         identity: the store's identity, which tells its shards from those of other stores.
-        index: which shard of the store it is.
+        label: which shard of the store it is: its number, or ``part/number``.
 
     Returns:
         The safetensors header, the place of every tensor in the file, and the size of the file in bytes.
@@ -82,7 +93,7 @@ def shard_layout(
     wanted: dict[str, tuple[str, tuple[int, ...]]] = dict.fromkeys(per_token, ("I32", (contexts, length)))
     wanted |= {site: (STORED[dtype][0], (contexts, length, width)) for site, width in widths.items()}
     wanted["valid"] = ("U8", (contexts, length))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "store": identity, "shard": str(index)}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "store": identity, "shard": label}}
     places, position = {}, 0
     for name, (code, shape) in wanted.items():
         places[name] = Place(position, code, shape)
@@ -109,6 +120,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is not one of ours, or of another version.
     """
     path = folder / MANIFEST
+    if not path.exists() and any(folder.glob(PARTS)):
+        raise InputError(
+            f"{folder} holds parts of a harvest that are not one store yet: when all are finished, call "
+            "`apportion.models.join_parts`"
+        )
     if not path.exists():
         raise InputError(
             f"{folder} is not an activation store (it has no {MANIFEST}): make one with `apportion.models.harvest`"
@@ -142,14 +158,14 @@ class Shard:
         found = self.path.stat().st_size
         if found != entry["bytes"]:
             raise InputError(f"shard {self.path} has {found} bytes where the manifest has {entry['bytes']}: {remedy}")
-        made_from = manifest["made_from"]
+        made_from, label = manifest["made_from"], entry.get("shard", str(index))
         header, self._places, _ = shard_layout(
-            self.n_contexts, made_from["context"], made_from["sites"], made_from["dtype"], identity_of(manifest), index
+            self.n_contexts, made_from["context"], made_from["sites"], made_from["dtype"], identity_of(manifest), label
         )
         with self.path.open("rb") as file:
             if file.read(len(header)) != header:
                 raise InputError(
-                    f"shard {self.path} is not shard {index} of this store, although its size fits: {remedy}"
+                    f"shard {self.path} is not shard {label} of this store, although its size fits: {remedy}"
                 )
         self._mapped: dict[str, np.ndarray] = {}
 
@@ -303,11 +319,14 @@ class StoreView:
         counts = self.store.tokens_per_document(self._chosen)
         starts = np.cumsum(counts) - counts
         total = int(counts.sum())
-        first, last = self.store.document_range_of_context
-        first, last = first[self._chosen], last[self._chosen]
+        # Documents part by part, as their tokens follow each other in contexts: there a context's are neighbours.
+        order = np.argsort(np.arange(len(counts)) % self.store.parts, kind="stable")
+        place = np.empty_like(order)
+        place[order] = np.arange(len(order))
+        first, last = (place[documents[self._chosen]] for documents in self.store.document_range_of_context)
 
         def parts(held_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            before = np.concatenate([[0], np.cumsum(held_out)])
+            before = np.concatenate([[0], np.cumsum(held_out[order])])
             held = before[last + 1] - before[first]
             return self._chosen[held == 0], self._chosen[held == last + 1 - first]
 
@@ -347,6 +366,7 @@ class ActivationStore(StoreView):
         manifest: what the manifest says.
         sites: the sites it holds.
         site: the site that is read where none is named; None if there are several and none was chosen.
+        parts: how many processes harvested it; document i is in part ``i % parts``.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], site: Site | None):
@@ -357,6 +377,7 @@ class ActivationStore(StoreView):
         self.site = self.sites[0] if site is None and len(self.sites) == 1 else site
         self.length: int = manifest["made_from"]["context"]
         self.dtype: str = manifest["made_from"]["dtype"]
+        self.parts: int = manifest["made_from"].get("parts", 1)
         self._shards = [Shard(folder, manifest, index) for index in range(len(manifest["shards"]))]
         self._first_rows = np.cumsum([0] + [shard.n_rows for shard in self._shards])
         self._first_contexts = np.cumsum([0] + [shard.n_contexts for shard in self._shards])
@@ -367,7 +388,7 @@ class ActivationStore(StoreView):
         """Open a finished store; sizes and headers of all shards are checked, their contents only by `verify`.
 
         Args:
-            folder: what ``harvest`` wrote.
+            folder: what ``harvest`` wrote, or ``join_parts`` made one store of.
             site: the site to read where ``read`` and ``contexts`` are not told another.
 
         Raises:
@@ -380,7 +401,8 @@ class ActivationStore(StoreView):
                 f"the harvest into {folder} is not finished: run the same harvest again, it continues where it was"
             )
         listed = {entry["file"] for entry in manifest["shards"]}
-        foreign = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in listed)
+        files = [*folder.glob("*.safetensors"), *folder.glob(f"{PARTS}/*.safetensors")]
+        foreign = sorted({path.relative_to(folder).as_posix() for path in files} - listed)
         if foreign:
             raise InputError(
                 f"{folder} holds {', '.join(foreign)}, which the manifest does not list: move it elsewhere"

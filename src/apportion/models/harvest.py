@@ -1,4 +1,4 @@
-"""Running a model over text and keeping its activations on disk: see `harvest`."""
+"""Running a model over text and keeping its activations on disk: see `harvest`, and `join_parts` for many processes."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from apportion.errors import InputError
 from apportion.models.activations import (
     FORMAT,
     MANIFEST,
+    PARTS,
     STORED,
     VERSION,
     ActivationStore,
@@ -61,6 +63,7 @@ def harvest(
     drop_first: bool = True,
     max_norm_ratio: float | None = 10.0,
     shard_tokens: int = 65_536,
+    part: tuple[int, int] | None = None,
     progress: bool = True,
 ) -> ActivationStore:
     """Run a model over documents and keep its activations at some sites on disk.
@@ -79,6 +82,15 @@ def harvest(
     site at a time, and as stored) and the token ids of one shard, since activations go to the shard's file batch by
     batch. The manifest states the figure, ``peak_memory_bytes``.
 
+    Several processes (or jobs, one after the other or on many machines) share a harvest by calling this with the same
+    arguments but for ``part``. They need not know of each other; when all are done, `join_parts` makes one store of
+    what they wrote. Part ``(r, n)`` takes documents r, r + n, r + 2n ..., numbered as in the whole text, and an equal
+    share of ``tokens``. All parts leave out tokens by the medians of the same batch, the first of the whole text. What
+    differs from a harvest in one piece is where contexts begin, since each part lays its own documents end to end: so
+    other tokens are the first of a context, the text before a token within its context can be another document, each
+    part leaves out a rest that fills no context and stops at a last document of its own, and up to n contexts come
+    beyond ``tokens`` instead of one.
+
     Args:
         lm: the model; see `load`.
         sites: one site or several; they share rows, so that row i of all of them is the same token.
@@ -92,7 +104,12 @@ def harvest(
         drop_first: leave out position 0 of every context.
         max_norm_ratio: leave out tokens with larger norms than this many medians; None keeps them all.
         shard_tokens: tokens per shard, at most; what a kill can cost is the time of one shard.
+        part: which part of how many, as ``(0, 4)`` to ``(3, 4)``; it goes into a folder of its own in ``folder``.
         progress: show a bar on stderr.
+
+    Returns:
+        The store, or with ``part`` that of the part. A store in one piece and one in parts are the same to a call
+        without ``part``: it returns either if it is finished.
 
     Raises:
         InputError: bad arguments, too little text, a folder that is in use, holds other things or was harvested with
@@ -101,9 +118,10 @@ def harvest(
     """
     chosen = _parse(sites)
     widths = {str(site): site.width(lm) for site in chosen}
-    _check_numbers(lm, context, tokens, dtype, batch_size, max_norm_ratio, shard_tokens)
-    stream = _ContextStream(documents, lm.tokenizer, context)
-    made_from = {
+    _check_part(part)
+    _check_numbers(lm, context, tokens, dtype, batch_size, max_norm_ratio, shard_tokens, part)
+    stream = _ContextStream(documents, lm.tokenizer, context, part or (0, 1))
+    made_from: dict[str, Any] = {
         "model": lm.fingerprint,
         "model_dtype": str(next(lm.model.parameters()).dtype).removeprefix("torch."),
         "tokenizer": _fingerprint_of_tokenizer(lm.tokenizer),
@@ -119,16 +137,90 @@ def harvest(
         "between_documents": stream.between,
     }
     folder = Path(folder)
-    with _only_one_writer(folder):
-        manifest = _start_or_resume(folder, made_from, lm.name, getattr(documents, "name", None))
+    with contextlib.ExitStack() as locks:
+        if part is not None:
+            made_from["parts"] = part[1]
+            locks.enter_context(_locked(folder, fcntl.LOCK_SH))
+            _check_room_for_parts(folder, part[1])
+            folder = folder / part_name(*part)
+        locks.enter_context(_locked(folder, fcntl.LOCK_EX))
+        manifest = _start_or_resume(folder, made_from, part, lm.name, getattr(documents, "name", None))
         if manifest["complete"]:
-            _check_documents(documents, manifest, folder)
+            _check_documents(documents, {folder: manifest})
         else:
-            with _bar(progress, manifest, tokens) as advance:
-                _Harvest(lm, chosen, stream, folder, manifest, advance).run()
-    if manifest["documents"]["exhausted"] and _rows(manifest) < tokens:
-        _log.warning("the text ended after %s of the %s tokens wanted", f"{_rows(manifest):,}", f"{tokens:,}")
+            with _bar(progress, manifest, _wanted_rows(manifest)) as advance:
+                _Harvest(lm, chosen, stream, folder, manifest, advance).run(documents)
+    _say_if_text_ended(manifest)
     return ActivationStore.open(folder)
+
+
+def part_name(number: int, parts: int) -> str:
+    """The folder of a part within that of the whole store."""
+    return f"part-{number:05}-of-{parts:05}"
+
+
+def join_parts(folder: Path | str, documents: Iterable[Document]) -> ActivationStore:
+    """Make one store of the parts that calls of `harvest` have left in a folder; no activation is copied.
+
+    It writes the manifest of the whole, which lists the shards of all parts and depends on what they hold alone, not on
+    when or where they were finished. The parts stay where they are. Joining again changes nothing.
+
+    Args:
+        folder: what was given to `harvest`.
+        documents: what was given to `harvest`; they are read once, to make sure that all parts were made from them.
+
+    Raises:
+        InputError: a part is missing, unfinished or damaged, or was harvested with other arguments than the others or
+            from other documents; names it. A harvest into the folder is going on.
+    """
+    folder = Path(folder)
+    found = sorted(path.name for path in folder.glob(PARTS))
+    if not found:
+        raise InputError(f"{folder} holds no parts of a harvest: give a folder that `harvest(..., part=...)` wrote")
+    with _locked(folder, fcntl.LOCK_EX):
+        number_of_parts = found[0].rpartition("-")[2]
+        names = [part_name(number, int(number_of_parts)) for number in range(int(number_of_parts))]
+        others, missing = sorted(set(found) - set(names)), sorted(set(names) - set(found))
+        if others:
+            raise InputError(f"{folder} holds {found[0]} and {others[0]}: delete the parts of one of these harvests")
+        if missing:
+            raise InputError(
+                f"{folder} lacks {', '.join(missing)}: harvest with part=({names.index(missing[0])}, {len(names)})"
+            )
+        manifests = {folder / name: ActivationStore.open(folder / name).manifest for name in names}
+        whole = _joined(folder, manifests)
+        _check_documents(documents, manifests)
+        for leftover in folder.glob(f".{MANIFEST}.*.partial"):
+            leftover.unlink()
+        write_json(folder / MANIFEST, whole)
+    _say_if_text_ended(whole)
+    return ActivationStore.open(folder)
+
+
+def _joined(folder: Path, manifests: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of the whole."""
+    first_path, first = next(iter(manifests.items()))
+    for number, (path, manifest) in enumerate(manifests.items()):
+        differences = _differences(manifest["made_from"], first["made_from"])
+        if manifest["part"] != number:
+            raise InputError(f"{path} is part {manifest['part']}, whatever its name says: put it back, or delete it")
+        if differences:
+            raise InputError(
+                f"{path.name} in {folder} was harvested with other arguments than {first_path.name} "
+                f"({'; '.join(differences)}): delete the wrong one and harvest it again"
+            )
+    documents = [manifest["documents"] for manifest in manifests.values()]
+    shards = [
+        entry | {"file": f"{path.name}/{entry['file']}"}
+        for path, manifest in manifests.items()
+        for entry in manifest["shards"]
+    ]
+    return {name: content for name, content in first.items() if name != "part"} | {
+        # Hashes are of all documents up to the last one read, so that of the longest reach is that of the whole.
+        "documents": max(documents, key=lambda each: each["read"])
+        | {"name": first["documents"]["name"], "exhausted": any(each["exhausted"] for each in documents)},
+        "shards": shards,
+    }
 
 
 class _Harvest:
@@ -151,7 +243,9 @@ class _Harvest:
         self.advance = advance
         self.wanted = manifest["made_from"]
 
-    def run(self) -> None:
+    def run(self, documents: Iterable[Document]) -> None:
+        if "part" in self.manifest and self.manifest["norm_medians"] is None:
+            self._agree_on_medians(documents)
         for entry in self.manifest["shards"]:
             replayed = self.stream.take(entry["contexts"])
             if len(replayed.token_ids) < entry["contexts"] or self.stream.digest() != entry["documents_sha256"]:
@@ -164,31 +258,57 @@ class _Harvest:
             if found:
                 self.manifest["shards"].append(self._write_shard(contexts))
             elif not self.manifest["shards"]:
+                whose, remedy = "all text", "a smaller context"
+                if "part" in self.manifest:
+                    whose, remedy = f"all text of {self.folder.name}", "a smaller context, or harvest in fewer parts"
                 raise InputError(
-                    f"documents: all text together is {self.stream.n_tokens} tokens, less than one context "
-                    f"(context={self.wanted['context']}): give more text or a smaller context"
+                    f"documents: {whose} together is {self.stream.n_tokens} tokens, less than one context "
+                    f"(context={self.wanted['context']}): give more text or {remedy}"
                 )
             exhausted = found < asked
-            complete = exhausted or _rows(self.manifest) >= self.wanted["tokens"]
+            complete = exhausted or _rows(self.manifest) >= _wanted_rows(self.manifest)
             if complete:
                 read = {"read": self.stream.n_documents, "sha256": self.stream.digest(), "exhausted": exhausted}
                 self.manifest |= {"complete": True, "documents": self.manifest["documents"] | read}
             write_json(self.folder / MANIFEST, self.manifest)
 
     def _contexts_of_next_shard(self) -> int:
+        return self._contexts_of_a_shard(_wanted_rows(self.manifest) - _rows(self.manifest))
+
+    def _contexts_of_a_shard(self, rows: int) -> int:
         usable = self.wanted["context"] - self.wanted["drop_first"]
-        missing = math.ceil((self.wanted["tokens"] - _rows(self.manifest)) / usable)
-        return min(self.wanted["shard_tokens"] // self.wanted["context"], missing)
+        return min(self.wanted["shard_tokens"] // self.wanted["context"], math.ceil(rows / usable))
+
+    def _agree_on_medians(self, documents: Iterable[Document]) -> None:
+        """Take the medians of the batch that a harvest in one piece begins with, which every part finds alike."""
+        count = min(self.wanted["batch_size"], self._contexts_of_a_shard(self.wanted["tokens"]))
+        first = _ContextStream(documents, self.lm.tokenizer, self.wanted["context"]).take(count).token_ids
+        if len(first):
+            valid = self._valid_by_place(first)
+            self._set_medians({site: _norms(x, site) for site, x in self._captured(first).items()}, valid)
+
+    def _captured(self, token_ids: Int32[np.ndarray, "contexts time"]) -> dict[Site, Tensor]:
+        return capture(self.lm, self.sites, torch.from_numpy(token_ids.astype(np.int64)).to(self.lm.device))
+
+    def _valid_by_place(self, token_ids: Int32[np.ndarray, "contexts time"]) -> np.ndarray:
+        valid = np.ones(token_ids.shape, np.bool_)
+        if self.wanted["drop_first"]:
+            valid[:, 0] = False
+        return valid
+
+    def _set_medians(self, norms: dict[Site, np.ndarray], valid: np.ndarray) -> None:
+        self.manifest["norm_medians"] = {str(site): float(np.median(norm[valid])) for site, norm in norms.items()}
 
     def _write_shard(self, contexts: "_Contexts") -> dict[str, Any]:
         index, count = len(self.manifest["shards"]), len(contexts.token_ids)
+        label = f"{self.manifest['part']}/{index}" if "part" in self.manifest else str(index)
         header, places, size = shard_layout(
             count,
             self.wanted["context"],
             self.wanted["sites"],
             self.wanted["dtype"],
             identity_of(self.manifest),
-            index,
+            label,
         )
         path = self.folder / f"shard-{index:05}.safetensors"
         valid = np.ones(contexts.token_ids.shape, np.uint8)
@@ -214,19 +334,16 @@ class _Harvest:
             "rows": int(valid.sum()),
             "documents_read": self.stream.n_documents,
             "documents_sha256": self.stream.digest(),
+            **({"shard": label} if "part" in self.manifest else {}),
         }
 
     def _write_batch(
         self, file: BinaryIO, places: dict[str, Place], start: int, token_ids: Int32[np.ndarray, "contexts time"]
     ) -> np.ndarray:
-        input_ids = torch.from_numpy(token_ids.astype(np.int64)).to(self.lm.device)
-        captured = capture(self.lm, self.sites, input_ids)
-        valid = np.ones(token_ids.shape, np.bool_)
-        if self.wanted["drop_first"]:
-            valid[:, 0] = False
+        captured, valid = self._captured(token_ids), self._valid_by_place(token_ids)
         norms = {site: _norms(activations, site) for site, activations in captured.items()}
         if self.manifest["norm_medians"] is None:
-            self.manifest["norm_medians"] = {str(site): float(np.median(norm[valid])) for site, norm in norms.items()}
+            self._set_medians(norms, valid)
         ratio = self.wanted["max_norm_ratio"]
         for site, activations in captured.items():
             if ratio is not None:
@@ -243,11 +360,15 @@ class _Contexts:
 
 
 class _ContextStream:
-    """Documents as one stream of tokens, cut into contexts; knows how many documents went in, and their hash."""
+    """Documents of one part as a stream of tokens, cut into contexts.
 
-    def __init__(self, documents: Iterable[Document], tokenizer: Any, context: int):
+    Knows how many documents of the whole text it has come past, and their hash.
+    """
+
+    def __init__(self, documents: Iterable[Document], tokenizer: Any, context: int, part: tuple[int, int] = (0, 1)):
         self.first, self.between = _special_tokens(tokenizer)
         self.context = context
+        self.part = part
         self.n_documents = 0
         self.n_tokens = 0
         self._digest = hashlib.sha256()
@@ -273,35 +394,54 @@ class _ContextStream:
         return _Contexts(*(np.ascontiguousarray(table[:, :, column]) for column in range(3)))
 
     def digest(self) -> str:
-        """A hash of the documents that have entered the stream."""
+        """A hash of the documents up to the last one that has entered the stream."""
         return self._digest.hexdigest()
 
     def _tokenised(self, documents: Iterable[Document], tokenizer: Any) -> Iterator[np.ndarray]:
-        for group in _groups(documents):
+        for group in _groups(self._own(documents)):
             # verbose=False: that a text is longer than the model's window is no news here, it is about to be cut.
-            texts = [document.text for document in group]
+            texts = [each.document.text for each in group]
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
                 "input_ids"
             ]
-            for document, ids in zip(group, encoded, strict=True):
+            for each, ids in zip(group, encoded, strict=True):
                 if ids and self.between is not None:
                     ids = [*ids, self.between]
                 table = np.empty((len(ids), 3), np.int32)
                 table[:, 0] = ids
-                table[:, 1] = self.n_documents
+                table[:, 1] = each.number
                 table[:, 2] = np.arange(len(ids))
-                add_to_digest(self._digest, document)
-                self.n_documents += 1
+                self._digest, self.n_documents = each.digest, each.number + 1
                 self.n_tokens += len(ids)
                 yield table
+        self._digest, self.n_documents = self._all_read
+
+    def _own(self, documents: Iterable[Document]) -> Iterator["_Numbered"]:
+        """The documents of this part; the others are read and hashed too, so that parts can tell their text apart."""
+        digest, count = hashlib.sha256(), 0
+        for document in documents:
+            add_to_digest(digest, document)
+            if count % self.part[1] == self.part[0]:
+                yield _Numbered(count, document, digest.copy())
+            count += 1
+        self._all_read = digest, count
 
 
-def _groups(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    group: list[Document] = []
+@dataclass(frozen=True)
+class _Numbered:
+    """A document, its number in the whole text, and the hash of the text up to its end."""
+
+    number: int
+    document: Document
+    digest: Any
+
+
+def _groups(documents: Iterable[_Numbered]) -> Iterator[list[_Numbered]]:
+    group: list[_Numbered] = []
     characters = 0
-    for document in documents:
-        group.append(document)
-        characters += len(document.text)
+    for each in documents:
+        group.append(each)
+        characters += len(each.document.text)
         if len(group) == _DOCUMENTS_AT_ONCE or characters > _CHARACTERS_AT_ONCE:
             yield group
             group, characters = [], 0
@@ -350,16 +490,43 @@ def _put(file: BinaryIO, place: Place, first: int, rows: np.ndarray) -> None:
     file.write(np.ascontiguousarray(rows, dtype=place.dtype).data)
 
 
-def _start_or_resume(folder: Path, made_from: dict[str, Any], model: str, corpus: str | None) -> dict[str, Any]:
+def _check_room_for_parts(folder: Path, parts: int) -> None:
+    """Make sure that a folder is free for the parts of a harvest, or holds a harvest in as many parts."""
+    if (folder / MANIFEST).exists():
+        there = read_manifest(folder)["made_from"].get("parts")
+        if there != parts:
+            was = "in one piece" if there is None else f"in {there} parts"
+            raise InputError(
+                f"folder {folder} holds a harvest {was}, not in {parts} parts: go on as it was begun, choose "
+                "another folder, or delete this one"
+            )
+    ours = re.compile(rf"\..*|{MANIFEST}|part-\d+-of-{parts:05}")
+    others = sorted(path.name for path in folder.iterdir() if not ours.fullmatch(path.name))
+    if others:
+        raise InputError(
+            f"folder {folder} holds {others[0]}, which is no part of a harvest in {parts} parts: choose a new folder, "
+            "or go on with as many parts as were begun there"
+        )
+
+
+def _differences(asked: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    return [
+        f"{name} is {asked.get(name)!r}, there it was {was!r}" for name, was in there.items() if asked.get(name) != was
+    ]
+
+
+def _start_or_resume(
+    folder: Path, made_from: dict[str, Any], part: tuple[int, int] | None, model: str, corpus: str | None
+) -> dict[str, Any]:
     for leftover in [*folder.glob(".shard-*.partial"), *folder.glob(f".{MANIFEST}.*.partial")]:
         leftover.unlink()
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        differences = [
-            f"{name} is {made_from.get(name)!r}, there it was {was!r}"
-            for name, was in manifest["made_from"].items()
-            if made_from.get(name) != was
-        ]
+        there = {"part": manifest.get("part")} | manifest["made_from"]
+        if part is None and there["part"] is None:
+            # A finished store is used as it is, in however many parts it was harvested.
+            there.pop("parts", None)
+        differences = _differences(made_from | {"part": None if part is None else part[0]}, there)
         if differences:
             raise InputError(
                 f"folder {folder} holds a harvest made with other arguments ({'; '.join(differences)}): "
@@ -368,6 +535,11 @@ def _start_or_resume(folder: Path, made_from: dict[str, Any], model: str, corpus
         # Opens every listed shard: a damaged one must not be built upon.
         ActivationStore(folder, manifest, None)
         return manifest
+    if any(folder.glob(PARTS)):
+        raise InputError(
+            f"folder {folder} holds parts of a harvest: finish them, by as many processes as began it, and call "
+            "join_parts, or choose another folder"
+        )
     if any(folder.iterdir()):
         raise InputError(f"folder {folder} is not empty and holds no harvest: choose a new folder")
     context, width = made_from["context"], sum(made_from["sites"].values())
@@ -378,6 +550,7 @@ def _start_or_resume(folder: Path, made_from: dict[str, Any], model: str, corpus
     manifest = {
         "format": FORMAT,
         "version": VERSION,
+        **({} if part is None else {"part": part[0]}),
         "complete": False,
         "model": {"name": model, "fingerprint": made_from["model"]},
         "documents": {"name": corpus},
@@ -390,18 +563,22 @@ def _start_or_resume(folder: Path, made_from: dict[str, Any], model: str, corpus
     return manifest
 
 
-def _check_documents(documents: Iterable[Document], manifest: dict[str, Any], folder: Path) -> None:
-    """Make sure that a finished store was made from these documents, as far as it has read them."""
-    digest, read = hashlib.sha256(), manifest["documents"]["read"]
-    found = 0
+def _check_documents(documents: Iterable[Document], manifests: dict[Path, dict[str, Any]]) -> None:
+    """Make sure that finished stores were made from these documents, as far as they have read them."""
+    records = {folder: manifest["documents"] for folder, manifest in manifests.items()}
+    marks = {record["read"] for record in records.values()}
+    hashes: dict[int, str] = {}
+    digest, found = hashlib.sha256(), 0
     for document in documents:
-        if found == read:
-            found += manifest["documents"]["exhausted"]
+        found += 1
+        if found > max(marks):
             break
         add_to_digest(digest, document)
-        found += 1
-    if found != read or digest.hexdigest() != manifest["documents"]["sha256"]:
-        raise _other_documents(folder)
+        if found in marks:
+            hashes[found] = digest.hexdigest()
+    for folder, record in records.items():
+        if hashes.get(record["read"]) != record["sha256"] or (record["exhausted"] and found > record["read"]):
+            raise _other_documents(folder)
 
 
 def _other_documents(folder: Path) -> InputError:
@@ -412,8 +589,11 @@ def _other_documents(folder: Path) -> InputError:
 
 
 @contextlib.contextmanager
-def _only_one_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock on the folder itself: it leaves no file behind, and is gone when the process is killed."""
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Hold a lock on the folder itself: it leaves no file behind, and is gone when the process is killed.
+
+    It is shared (``LOCK_SH``) by those who write parts in it and belongs to one process (``LOCK_EX``) otherwise.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
@@ -421,7 +601,7 @@ def _only_one_writer(folder: Path) -> Iterator[None]:
         raise explain_write_error(error, folder) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
                 f"folder {folder} is being written by another harvest: wait for it, or choose another folder"
@@ -484,11 +664,35 @@ def _rows(manifest: dict[str, Any]) -> int:
     return sum(entry["rows"] for entry in manifest["shards"])
 
 
+def _wanted_rows(manifest: dict[str, Any]) -> int:
+    """The tokens wanted; of a part its share of them."""
+    tokens = manifest["made_from"]["tokens"]
+    if "part" not in manifest:
+        return int(tokens)
+    return _share(tokens, (manifest["part"], manifest["made_from"]["parts"]))
+
+
+def _share(tokens: int, part: tuple[int, int]) -> int:
+    number, parts = part
+    return tokens // parts + (number < tokens % parts)
+
+
+def _say_if_text_ended(manifest: dict[str, Any]) -> None:
+    wanted = _wanted_rows(manifest)
+    if manifest["documents"]["exhausted"] and _rows(manifest) < wanted:
+        _log.warning("the text ended after %s of the %s tokens wanted", f"{_rows(manifest):,}", f"{wanted:,}")
+
+
 def _parse(sites: Site | str | Sequence[Site | str]) -> list[Site]:
     listed = [sites] if isinstance(sites, Site | str) else list(sites)
     if not listed:
         raise InputError("sites is empty: name at least one, such as layers.9.residual")
     return list(dict.fromkeys(Site.parse(str(site)) for site in listed))
+
+
+def _check_part(part: tuple[int, int] | None) -> None:
+    if part is not None and not 0 <= part[0] < part[1]:
+        raise InputError(f"part is {part}: give (number, parts) with the number from 0 to parts - 1, such as (0, 4)")
 
 
 def _check_numbers(
@@ -499,6 +703,7 @@ def _check_numbers(
     batch_size: int,
     max_norm_ratio: float | None,
     shard_tokens: int,
+    part: tuple[int, int] | None,
 ) -> None:
     longest = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
     if context < 2 or (longest is not None and context > longest):
@@ -506,6 +711,11 @@ def _check_numbers(
     if tokens < context:
         raise InputError(
             f"tokens is {tokens}, less than one context ({context}): ask for more tokens or a smaller context"
+        )
+    if part is not None and _share(tokens, part) < context:
+        raise InputError(
+            f"tokens is {tokens}, in {part[1]} parts less than one context ({context}) each: ask for more tokens, a "
+            "smaller context or fewer parts"
         )
     if dtype not in STORED:
         raise InputError(f"dtype is {dtype!r}: activations are stored as {' or '.join(STORED)}")

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from apportion.ops.csr import csr_matmul, csr_transposed_matmul, touched_columns
-from apportion.ops.encode import tiled
-from apportion.ops.encode.tiled import scores_memory
+from apportion.ops.encode import composed
 from apportion.ops.triton_support import triton_is_missing
 
-__all__ = ["encode_select", "scores_memory"]
+__all__ = ["encode_select"]
 
 
 @torch.library.custom_op("apportion::encode_select", mutates_args=())
@@ -38,15 +37,33 @@ def encode_select(
             of column ``i``, int64) or ``above`` (every score strictly above its column's float limit).
         count: for ``rows`` and ``total``.
         limits: for ``columns`` and ``above``.
-        precision: ``float32`` (the operands' own type) or ``bfloat16``: the product is taken in bfloat16 and decides
-            who wins (with ``exact``, only who is looked at again); the winners' values are then computed in full.
+        precision: ``float32`` (the scores of the operands' own type decide) or ``bfloat16``: the product is taken in
+            bfloat16 and decides who wins (with ``exact``, only who is looked at again); the winners' values are then
+            computed in full. ``float32`` may look at a bfloat16 product, too, but never lets it decide.
         exact: for ``rows`` and ``above``: who wins and by how much depends on the row alone, bit for bit, whatever else
             is in the batch.
         sparse_grad: the gradient to ``weight`` is sparse in its first dimension: it holds the winners' rows alone.
 
     Differentiable in ``x``, ``weight`` and ``bias`` through the values.
     """
-    return tiled.encode_select(x, weight, bias, how, count, limits, precision, exact)
+    return composed.encode_select(x, weight, bias, how, count, limits, precision, exact)
+
+
+@encode_select.register_kernel("cpu")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    how: str,
+    count: int,
+    limits: Tensor | None,
+    precision: str,
+    exact: bool,
+    sparse_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from apportion.ops.encode import cpu
+
+    return cpu.encode_select(x, weight, bias, how, count, limits, precision, exact)
 
 
 @encode_select.register_kernel("cuda")
@@ -62,7 +79,7 @@ def _(
     sparse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if triton_is_missing():
-        return tiled.encode_select(x, weight, bias, how, count, limits, precision, exact)
+        return composed.encode_select(x, weight, bias, how, count, limits, precision, exact)
     from apportion.ops.encode import cuda
 
     return cuda.encode_select(x, weight, bias, how, count, limits, precision, exact)

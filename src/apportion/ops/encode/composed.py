@@ -106,11 +106,16 @@ def choose(scores: DenseScores, how: str, count: int, limits: Tensor | None, exa
     elif how == "above" and limits is not None:
         codes = scores.above(limits)
     else:
-        raise ValueError(f"how={how!r}, limits={limits}: use rows, total, columns or above; the last two need limits")
+        raise impossible(how, limits)
     if exact or scores.precision != "float32":
         crow, col, _ = codes
         return crow, col, scores.recomputed(crow, col)
     return codes
+
+
+def impossible(how: str, limits: Tensor | None) -> ValueError:
+    """What to say of an order that cannot be followed."""
+    return ValueError(f"how={how!r}, limits={limits}: use rows, total, columns or above; the last two need limits")
 
 
 def _above_exactly(scores: DenseScores, limits: Tensor) -> Codes:

@@ -2,6 +2,9 @@
 
 Rows and columns keep a small heap each; the best of all are found by a cut estimated from a sample, whose few
 survivors are ranked exactly. All are exact, with the reference's order of ties.
+
+``encode.cpu`` calls ``offer`` and ``keep_best`` from its kernels. Numba's cache does not see that: who changes them
+must touch that file too (or delete ``__pycache__``), or old code goes on running.
 """
 
 import math
@@ -49,7 +52,7 @@ def _sift_down(values, places, size):
 
 @numba.njit(cache=True)
 @no_type_check
-def _offer(values, places, size, capacity, value, place):
+def offer(values, places, size, capacity, value, place):
     """Offer an entry to a heap of winners; entries come in tie order, so an equal newcomer always loses."""
     if size < capacity:
         child = size
@@ -77,7 +80,7 @@ def _rows(scores, count, winners):
         for column in range(scores.shape[1]):
             value = scores[row, column]
             if size < count or value > values[0]:
-                size = _offer(values, places, size, count, value, column)
+                size = offer(values, places, size, count, value, column)
         places.sort()
         winners[row] = places
 
@@ -101,7 +104,7 @@ def _columns(scores, starts, places):
                 value = scores[row, column]
                 offset = start - starts[first]
                 if size < stop - start or value > values[offset]:
-                    sizes[column - first] = _offer(values[offset:], places[start:stop], size, stop - start, value, row)
+                    sizes[column - first] = offer(values[offset:], places[start:stop], size, stop - start, value, row)
         for column in range(first, last):
             places[starts[column] : starts[column + 1]].sort()
 
@@ -149,14 +152,15 @@ def _gather_reaching(scores, cut, crow, col, values):
 
 @numba.njit(cache=True)
 @no_type_check
-def _keep_best(crow, col, values, last_winner, count):
-    """Drop what lies below the last winner's score, and of its equals those that come too late."""
+def keep_best(crow, col, values, last_winner, count):
+    """Drop what lies below the last winner's score, and of its equals those that come too late; what is left."""
     above = 0
     for entry in range(values.shape[0]):
         above += values[entry] > last_winner
     equals_left = count - above
     kept_crow = np.zeros_like(crow)
     kept_col = np.empty(count, np.int64)
+    kept_values = np.empty(count, values.dtype)
     kept = 0
     for row in range(crow.shape[0] - 1):
         for entry in range(crow[row], crow[row + 1]):
@@ -167,9 +171,10 @@ def _keep_best(crow, col, values, last_winner, count):
             elif values[entry] < last_winner:
                 continue
             kept_col[kept] = col[entry]
+            kept_values[kept] = values[entry]
             kept += 1
         kept_crow[row + 1] = kept
-    return kept_crow, kept_col
+    return kept_crow, kept_col, kept_values
 
 
 @numba.njit(parallel=True, cache=True)
@@ -234,7 +239,7 @@ def select_total(scores: Float[Tensor, "rows columns"], count: int) -> Places:
         values = np.empty(crow[-1], array.dtype)
         _gather_reaching(array, cut, crow, col, values)
         last_winner = np.partition(values, values.size - count)[values.size - count]
-        kept_crow, kept_col = _keep_best(crow, col, values, last_winner, count)
+        kept_crow, kept_col, _ = keep_best(crow, col, values, last_winner, count)
     return torch.from_numpy(kept_crow), torch.from_numpy(kept_col)
 
 
