@@ -28,7 +28,7 @@ from apportion.ops.select.cpu import keep_best, offer
 from apportion.ops.threads import matching_threads
 
 # Of a block. Products of larger blocks are no faster, and their scores would leave the cache.
-_ROWS, _COLUMNS = 512, 8192
+_ROWS, _COLUMNS = 2048, 2048
 _CHUNK = 16  # rows that a thread takes at a time
 _GROUPS = 256  # of a row's scores, whose best ones bound the row's last winner from below
 _SCANNED = 64  # scores looked at together
