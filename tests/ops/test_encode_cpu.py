@@ -283,3 +283,18 @@ def test_a_cut_that_too_few_truly_reach_is_not_believed(too_few: int, monkeypatc
     found = encode_select(*parts, "total", count, None, "float32", True)
     assert found[0].equal(wanted[0])
     assert found[1].equal(wanted[1])
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 3e38])
+def test_weights_that_break_the_bounds_give_as_many_winners_of_the_matrix(how: str, wrong: float) -> None:
+    # What they win matters to nobody (training stops at the loss); but places outside the matrix would end the process.
+    x, weight, bias = plain(torch.Generator().manual_seed(0))
+    weight[::3] = wrong
+    count, limits = asked(how)
+    crow, col, _ = encode_select(x, weight, bias, how, count, limits, "float32", False)
+    assert crow.shape == (ROWS + 1,)
+    assert int(crow[-1]) == col.numel()
+    assert bool(((col >= 0) & (col < COLUMNS)).all())
+    wanted = {"rows": ROWS * count, "total": count, "columns": int(asked("columns")[1].sum())}
+    assert col.numel() == wanted.get(how, col.numel())

@@ -64,10 +64,7 @@ def encode_select(
 ) -> Codes:
     """See ``apportion.ops.encode.encode_select``."""
     x, weight, bias = (each.detach().contiguous() for each in (x, weight, bias))
-    dense = how == "total" and count * _DENSE > x.shape[0] * weight.shape[0]
-    if dense:
-        # Hardly anything loses.
-        return composed.encode_select(x, weight, bias, how, count, limits, precision, exact)
+    codes: Codes | None = None
     with matching_threads():
         if how == "rows":
             counts = torch.full((x.shape[0],), count, dtype=torch.int64)
@@ -75,15 +72,18 @@ def encode_select(
         elif how == "columns" and limits is not None:
             # The best rows of a column are the best columns of a row of the transposed product.
             product = _Product(weight, x, bias.new_zeros(x.shape[0]), precision, exact)
-            crow, col, values = _best_of_each(product, limits)
-            codes = _transposed(crow, col, values + bias[row_of_each_entry(crow)], x.shape[0])
+            codes = _transposed(_best_of_each(product, limits), bias, x.shape[0])
         elif how == "total":
-            codes = _best_of_all(_Product(x, weight, bias, precision, exact), count)
+            if count * _DENSE <= x.shape[0] * weight.shape[0]:
+                codes = _best_of_all(_Product(x, weight, bias, precision, exact), count)
         elif how == "above" and limits is not None:
             product = _Product(x, weight, bias, precision, exact)
             codes = _decided(product, _reaching(product, limits.contiguous().numpy()), limits)
         else:
             raise composed.impossible(how, limits)
+    if codes is None:
+        # Hardly anything loses, or scores overflow or are NaN, so that nothing bounds them.
+        return composed.encode_select(x, weight, bias, how, count, limits, precision, exact)
     crow, col, values = codes
     if precision == "bfloat16" and not exact:
         values = _recomputed(x, weight, bias, crow, col)
@@ -212,7 +212,7 @@ class _Candidates(NamedTuple):
 _Piece = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # first row; counts by row; col, lower and upper
 
 
-def _best_of_each(product: _Product, counts: Tensor) -> Codes:
+def _best_of_each(product: _Product, counts: Tensor) -> Codes | None:
     """The ``counts[i]`` best of each row ``i``: a row keeps its best so far, which few entries of a block reach."""
     rows = counts.numel()
     starts = torch.zeros(rows + 1, dtype=torch.int64)
@@ -231,11 +231,13 @@ def _best_of_each(product: _Product, counts: Tensor) -> Codes:
                 again = everyone[hopeless]
                 product.make_precise(block, again)
                 _offer_rows(*block, again, *operands, product.bounded, *winners, hopeless)
+        if (sizes < counts.numpy()).any():
+            return None
         _in_column_order(winners[0], winners[2], winners[3])
     return starts, col, values
 
 
-def _best_of_all(product: _Product, count: int) -> Codes:
+def _best_of_all(product: _Product, count: int) -> Codes | None:
     """The ``count`` best of all: what reaches a cut estimated from a sample, if that is enough, ranked exactly."""
     rows, columns = product.shape
     if count == 0:
@@ -250,9 +252,7 @@ def _best_of_all(product: _Product, count: int) -> Codes:
         if last_winner > cut:
             # Whatever was not found lies at or below the cut, and so below the last winner.
             return _ranked(crow, col, values, last_winner, count)
-    return composed.choose(
-        composed.DenseScores(product.x, product.weight, product.bias, "float32"), "total", count, None, product.bounded
-    )
+    return None
 
 
 def _cuts(product: _Product, count: int) -> Iterator[float]:
@@ -351,8 +351,12 @@ def _squares(full: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
     return squares, residues
 
 
-def _transposed(crow: Tensor, col: Tensor, values: Tensor, columns: int) -> Codes:
-    """A matrix in CSR order, transposed."""
+def _transposed(codes: Codes | None, bias: Tensor, columns: int) -> Codes | None:
+    """Codes in CSR order, transposed, with each row's bias added."""
+    if codes is None:
+        return None
+    crow, col, values = codes
+    values = values + bias[row_of_each_entry(crow)]
     pointers = np.zeros(columns + 1, np.int64)
     rows, transposed = _transpose(crow.numpy(), col.numpy(), values.numpy(), pointers)
     return torch.from_numpy(pointers), torch.from_numpy(rows), torch.from_numpy(transposed)
