@@ -12,29 +12,37 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.contenders import BARE, Contender, bare, ours
 from benchmarks.machine import ROOT
-from benchmarks.peers import peers
+from benchmarks.peers import peer, peers
 from benchmarks.problem import SMOKE, USUAL, Problem, Shape
 from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, benchmark
 
 _STEPS = 3
+_MANY = 32_768
 
 
 @benchmark("memory", "how much memory does a step need beyond weights and optimiser?", rounds=1, share=4, warm_ups=0)
 def plans(smoke: bool) -> Sequence[RacePlan]:
-    """One race of everybody; the bare product's extra is one matrix of scores, so ratios count such matrices."""
-    require_proc()
-    shape = SMOKE if smoke else USUAL
+    """A race of everybody, and one of four times the features where a bar is set for them.
 
+    The bare product's extra is one matrix of scores, so ratios count such matrices.
+    """
+    require_proc()
+    if smoke:
+        return [_plan("memory", SMOKE, everybody(SMOKE)[:2])]
+    few = [bare(), *ours(USUAL.budget), *map(peer, ("sparsify", "SAELens TopK", "dictionary_learning TopK"))]
+    larger = replace(USUAL, features=_MANY)
+    return [_plan("memory", USUAL, everybody(USUAL)), _plan(f"memory, features {_MANY:,}", larger, few)]
+
+
+def _plan(title: str, shape: Shape, contenders: Sequence[Contender]) -> RacePlan:
     def build() -> Race:
-        contenders = everybody(shape)
-        if smoke:
-            contenders = contenders[:2]
         cases, skipped = [], {}
         for each in contenders:
             try:
@@ -46,7 +54,7 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
             cases.append(Case(each.label, _peak_in_fresh_process(each.label, shape), each.includes))
         return Race(cases, BARE, "extra bytes", skipped)
 
-    return [RacePlan("memory", shape.as_dict(), build)]
+    return RacePlan(title, shape.as_dict(), build)
 
 
 def require_proc() -> None:

@@ -202,7 +202,8 @@ class SparseAutoencoder(nn.Module):
 
     def decode_scaled(self, codes: Allocation) -> Float[Tensor, "tokens d_out"]:
         """The reconstruction in the scaled units that training works in."""
-        return codes.matmul(self.decoder_weight, self.sparse_gradients) + self.decoder_bias
+        # In place: nobody asks for the product alone.
+        return codes.matmul(self.decoder_weight, self.sparse_gradients).add_(self.decoder_bias)
 
     def _selected(self, x: Tensor, selection: Selection, exact: bool) -> Allocation:
         return selection.encode(x, self.encoder_weight, self.encoder_bias, self.precision, exact, self.sparse_gradients)

@@ -123,7 +123,7 @@ class DictionaryObjective:
             loss = loss + self._penalty(sae, x, target, codes.nnz / max(codes.shape[0], 1))
         if recipe.auxiliary != "none" and step > 0:
             revive = sae.statistics.dead(recipe.silence) | sae.statistics.underused
-            loss = loss + recipe.auxiliary_weight * self._auxiliary_loss(sae, x, target - output, revive)
+            loss = loss + recipe.auxiliary_weight * self._auxiliary_loss(sae, x, target - output.detach(), revive)
         sae.statistics.update(codes.detach(), shared_threshold=not isinstance(rule, FeatureChoice))
         if isinstance(recipe.rule, FeatureChoice) and isinstance(rule, MutualChoice):
             sae.statistics.update_demand(codes.detach())

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import mse_loss
 
 from apportion.allocate import Allocation, Selection
 from apportion.features.dictionary import SparseAutoencoder
@@ -19,8 +20,8 @@ def reconstruction_loss(target: Float[Tensor, "tokens d"], output: Float[Tensor,
     the same at every site. Computed in float32 whatever comes in.
     """
     target, output = target.float(), output.float()
-    variance = (target - target.mean(dim=0)).square().sum()
-    return (target - output).square().sum() / variance.clamp(min=1e-12)
+    variance = target.var(dim=0, correction=0).sum() * target.shape[0]
+    return mse_loss(output, target, reduction="sum") / variance.clamp(min=1e-12)
 
 
 def l1_loss(codes: Allocation, decoder_weight: Float[Tensor, "features d"]) -> Float[Tensor, ""]:

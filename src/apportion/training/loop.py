@@ -169,8 +169,9 @@ class _Steps:
             step, run.settings.steps, run.settings.warmup_fraction, run.settings.decay_fraction
         )
         set_learning_rate(run.optimizer, run.peak_learning_rates, factor)
-        loss, metrics = self._loss(_to_device(batch, run.device))
+        # Before the forward pass, which then need not find room beside the gradients of the last step.
         run.optimizer.zero_grad(set_to_none=True)
+        loss, metrics = self._loss(_to_device(batch, run.device))
         torch.autograd.backward(loss)
         for hook in self._hooks:
             hook.before_step(module, step)

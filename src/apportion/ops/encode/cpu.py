@@ -126,7 +126,7 @@ class _Product:
         if self.rounded:
             self._rounded_x = x.bfloat16()
         if self.bounded and x.shape[0]:
-            squares, residues = _squares(x, self._rounded_x.to(x.dtype) if self.rounded else x)
+            squares, residues = _squares(x, self._rounded_x if self.rounded else x)
             # The norm of (x, 1): the bias counts as one more product.
             self._norms = (1.01 * squares + 1).sqrt()
             self._residue = float((residues / squares.clamp(min=torch.finfo(x.dtype).tiny)).max().sqrt())
@@ -193,7 +193,7 @@ class _Product:
         """
         if not self.bounded:
             return torch.zeros_like(bias), torch.zeros_like(bias)
-        squares, residues = _squares(weight, rounded.to(weight.dtype) if self.rounded else weight)
+        squares, residues = _squares(weight, rounded)
         norms = (1.01 * squares + bias.square()).sqrt()
         unit = torch.finfo(weight.dtype if not self.rounded else torch.float32).eps / 2
         tight = norms * (1.01 * 2 * (weight.shape[1] + 2) * unit)
@@ -347,11 +347,14 @@ def _ranked(crow: Tensor, col: Tensor, values: Tensor, last_winner: float, count
 def _squares(full: Tensor, rounded: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's squared norm (the larger one of the two), and that of what rounding took away."""
     squares, residues = full.new_empty(full.shape[0]), full.new_empty(full.shape[0])
-    _row_squares(full.numpy(), rounded.numpy(), squares.numpy(), residues.numpy())
+    for start in range(0, full.shape[0], _COLUMNS):
+        part = slice(start, start + _COLUMNS)
+        again = rounded[part].to(full.dtype)
+        _row_squares(full[part].numpy(), again.numpy(), squares[part].numpy(), residues[part].numpy())
     return squares, residues
 
 
-def _transposed(codes: Codes | None, bias: Tensor, columns: int) -> Codes | None:
+def _transposed(codes: tuple[Tensor, Tensor, Tensor] | None, bias: Tensor, columns: int) -> Codes | None:
     """Codes in CSR order, transposed, with each row's bias added."""
     if codes is None:
         return None
