@@ -55,8 +55,9 @@ def commit() -> str:
     """The commit that is checked out, ``+`` behind it where files differ from it; ``unknown`` outside a repository."""
     try:
         short = _git("rev-parse", "--short", "HEAD")
-        # Untracked files are results, most of the time; they change nothing that is measured.
-        return short + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        # Results and documentation change nothing that is measured.
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results", ":!/docs")
+        return short + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
