@@ -22,7 +22,7 @@ _MILLION = Shape(tokens=1024, width=576, features=1 << 20, budget=32)
 # Few enough tokens that less than half of the features can win, as among a million.
 _SMOKE = replace(SMOKE, tokens=8)
 _STEPS = 3
-_ENOUGH = 20 * 1024**3
+_ENOUGH = 17 * 1024**3
 _LABEL = "apportion MutualChoice"
 _INCLUDES = (
     "objective, backward, projection, clipping, Adam with normalisation and statistics; the first step is not timed"
@@ -35,7 +35,7 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
     require_proc()
     if not smoke and _available_memory() < _ENOUGH:
         raise Unavailable(
-            f"20 GiB of memory must be available, of which there are {_available_memory() / 1024**3:.1f} GiB"
+            f"17 GiB of memory must be available, of which there are {_available_memory() / 1024**3:.1f} GiB"
         )
     shape = _SMOKE if smoke else _MILLION
 
