@@ -1,8 +1,9 @@
 """How much memory a training step needs beyond the weights and the optimiser's state.
 
-Each case runs in a fresh process, so that nothing another library keeps is counted. The process imports, takes steps
-at a tiny size (compiled kernels, thread pools), makes the data, and only then starts to count: the peak of its resident
-memory while it builds the model and takes a few steps, above what was resident before.
+Each case runs in a fresh process, so that nothing another library keeps is counted, and with an allocator that keeps
+nothing either, so that what counts is what the step holds. The process imports, takes steps at a tiny size (compiled
+kernels, thread pools), makes the data, and only then starts to count: the peak of its resident memory while it builds
+the model and takes a few steps, above what was resident before.
 """
 
 import ctypes
@@ -25,6 +26,9 @@ from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, bench
 
 _STEPS = 3
 _MANY = 32_768
+# glibc gives blocks of at least so many bytes back as soon as they are freed. By itself it keeps many for later, in
+# whatever pieces are left between others: the same step then differs by half its extra from one process to the next.
+_GIVEN_BACK = str(1 << 20)
 
 
 @benchmark("memory", "how much memory does a step need beyond weights and optimiser?", rounds=1, share=4, warm_ups=0)
@@ -70,17 +74,17 @@ def everybody(shape: Shape) -> list[Contender]:
     return [bare(), *ours(shape.budget), *ours(shape.budget, "bfloat16"), *others]
 
 
-def in_fresh_process(module: str, question: Mapping[str, object]) -> Sample:
+def in_fresh_process(module: str, question: Mapping[str, object], **environment: str) -> Sample:
     """What ``module``, run by a new Python with ``question`` as JSON for its only argument, prints in its last line.
 
-    The question also gets this process's number of torch's threads, as ``threads``.
+    The question also gets this process's number of torch's threads, as ``threads``; ``environment`` adds variables.
     """
     asked = json.dumps({**question, "threads": torch.get_num_threads()})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, asked],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])} | environment,
         check=False,
     )
     if done.returncode != 0:
@@ -90,7 +94,8 @@ def in_fresh_process(module: str, question: Mapping[str, object]) -> Sample:
 
 
 def _peak_in_fresh_process(label: str, shape: Shape) -> Callable[[int], Sample]:
-    return lambda turn: in_fresh_process("benchmarks.memory", {"label": label, "shape": shape.as_dict()})
+    asked = {"label": label, "shape": shape.as_dict()}
+    return lambda turn: in_fresh_process("benchmarks.memory", asked, MALLOC_MMAP_THRESHOLD_=_GIVEN_BACK)
 
 
 def peak_of(label: str, shape: Shape) -> dict[str, float]:

@@ -52,10 +52,15 @@ def close(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual.double(), wanted, rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])
 
 
+@pytest.fixture(params=[0, 1, 2], ids=lambda seed: f"seed {seed}")
+def seed(request: pytest.FixtureRequest) -> int:
+    return request.param
+
+
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
-def case(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, int, int, int]:
+def case(request: pytest.FixtureRequest, seed: int) -> tuple[Tensor, Tensor, int, int, int]:
     rows, columns, width, share = request.param
-    return *places(rows, columns, share), rows, columns, width
+    return *places(rows, columns, share, seed), rows, columns, width
 
 
 @pytest.fixture(params=TOLERANCE, ids=str)

@@ -100,10 +100,11 @@ def test_ties_and_winners_are_the_references(
     assert same_bits(numbers.encode(how, precision, exact), wanted)
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("how", HOWS)
-def test_values_and_gradients_equal_the_references(how: str, exact: bool) -> None:
-    numbers = gaussian(17, 23, 9)
+def test_values_and_gradients_equal_the_references(how: str, exact: bool, seed: int) -> None:
+    numbers = gaussian(17, 23, 9, seed)
     inputs = numbers.x, numbers.weight, numbers.bias
 
     def run(function: Callable[..., Codes], *tail: object) -> tuple[Codes, tuple[Tensor, ...]]:
@@ -120,11 +121,12 @@ def test_values_and_gradients_equal_the_references(how: str, exact: bool) -> Non
     torch.testing.assert_close(gradients, wanted_gradients)
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("how", HOWS)
-def test_values_and_gradients_are_computed_in_full_precision(how: str, exact: bool, precision: str) -> None:
-    numbers = gaussian(40, 60, 32, dtype=torch.float32)
+def test_values_and_gradients_are_computed_in_full_precision(how: str, exact: bool, precision: str, seed: int) -> None:
+    numbers = gaussian(40, 61, 33, seed, dtype=torch.float32)
     leaves = [each.clone().requires_grad_() for each in (numbers.x, numbers.weight, numbers.bias)]
     crow, col, values = encode_select(*leaves, how, *numbers.choice(how), precision, exact)
     rows = torch.repeat_interleave(crow.diff())

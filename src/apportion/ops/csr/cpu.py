@@ -31,7 +31,7 @@ def _matmul(crow, col, values, dense, out):
 
 @numba.njit(cache=True)
 @no_type_check
-def _transpose(crow, col, columns):
+def transpose(crow, col, columns):
     """CSR to CSC: column pointers, and for each entry in column order its row and its place in the CSR arrays."""
     pointers = np.zeros(columns + 1, np.int64)
     for entry in range(col.shape[0]):
@@ -99,7 +99,7 @@ def csr_transposed_matmul(
     values_, dense_ = _computable(values), _computable(dense)
     out = torch.zeros(columns, dense.shape[1], dtype=dense_.dtype)
     with matching_threads():
-        pointers, rows, places = _transpose(_array(crow_indices), _array(col_indices), columns)
+        pointers, rows, places = transpose(_array(crow_indices), _array(col_indices), columns)
         _transposed_matmul(pointers, rows, places, values_.numpy(), dense_.numpy(), out.numpy())
     return out.to(dense.dtype)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from apportion.ops.csr import csr_sampled_product
+from apportion.ops.csr.cpu import transpose
 from apportion.ops.csr.reference import row_of_each_entry
 from apportion.ops.encode import composed
 from apportion.ops.encode.reference import Codes
@@ -360,9 +361,8 @@ def _transposed(codes: tuple[Tensor, Tensor, Tensor] | None, bias: Tensor, colum
         return None
     crow, col, values = codes
     values = values + bias[row_of_each_entry(crow)]
-    pointers = np.zeros(columns + 1, np.int64)
-    rows, transposed = _transpose(crow.numpy(), col.numpy(), values.numpy(), pointers)
-    return torch.from_numpy(pointers), torch.from_numpy(rows), torch.from_numpy(transposed)
+    pointers, rows, places = transpose(crow.numpy(), col.numpy(), columns)
+    return torch.from_numpy(pointers), torch.from_numpy(rows), values[torch.from_numpy(places)]
 
 
 @numba.njit(parallel=True, fastmath=_FAST, cache=True)
@@ -566,23 +566,3 @@ def _in_column_order(starts, values, col):
         order = np.argsort(col[start:stop])
         values[start:stop] = values[start:stop][order]
         col[start:stop] = col[start:stop][order]
-
-
-@numba.njit(cache=True)
-@no_type_check
-def _transpose(crow, col, values, pointers):
-    """Rows and values of the transpose in its own CSR order; fills in its pointers."""
-    for entry in range(col.shape[0]):
-        pointers[col[entry] + 1] += 1
-    for column in range(pointers.shape[0] - 1):
-        pointers[column + 1] += pointers[column]
-    cursor = pointers[:-1].copy()
-    rows = np.empty(col.shape[0], np.int64)
-    transposed = np.empty(col.shape[0], values.dtype)
-    for row in range(crow.shape[0] - 1):
-        for entry in range(crow[row], crow[row + 1]):
-            place = cursor[col[entry]]
-            cursor[col[entry]] += 1
-            rows[place] = row
-            transposed[place] = values[entry]
-    return rows, transposed
