@@ -119,8 +119,8 @@ _ON_GPU = _Real(
 _SIZES: dict[Scale, _Size] = {
     "smoke": _Size(_Synthetic(60, False, test_tokens=2_000, calibration_tokens=4_000, variants=False)),
     "default": _Size(
-        _Synthetic(steps=600, tuned=False, variants=False),
-        (_Real(tokens=100_000, steps=70, rates=(4e-3,), loss_contexts=24),),
+        _Synthetic(steps=450, tuned=False, variants=False),
+        (_Real(tokens=100_000, steps=55, rates=(4e-3,), loss_contexts=16),),
     ),
     "long": _Size(
         _Synthetic(),
