@@ -117,7 +117,7 @@ def _memory(result: Result, images: Path) -> Sequence[tuple[str, Path]]:
     path = _bars(
         result["races"][0],
         images / "performance-memory.svg",
-        "MB beyond weights and optimiser",
+        "extra memory, MB",
         lambda case: case["median"]["extra bytes"] / 1e6,
     )
     return [("Peak extra memory of a training step", path)]
