@@ -1,7 +1,7 @@
 """A command line to type into, a small text, and one finished run that nobody changes."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -72,9 +72,7 @@ def typed(capfd: pytest.CaptureFixture[str]) -> Typed:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, text: Path, shared_cache: Path
-) -> Iterator[Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, text: Path, shared_cache: Path) -> Path:
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
@@ -82,7 +80,7 @@ def finished(
         with pytest.raises(SystemExit) as left:
             main(["train", str(tiny_llama), "--text", str(text), *SHORT, "--out", str(folder), "--json"])
         assert left.value.code == 0
-        yield folder
+    return folder
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What the processor is good at."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -8,5 +9,7 @@ import torch
 @functools.cache
 def native_bfloat16() -> tuple[str, ...]:
     """The instructions by which this processor multiplies bfloat16 natively; none where it only imitates them."""
-    capabilities = torch.cpu.get_capabilities()
+    # Older versions of torch cannot tell; without an answer the float32 product is taken.
+    ask: Callable[[], dict[str, bool]] = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = ask()
     return tuple(name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name))

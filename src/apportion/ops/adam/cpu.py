@@ -11,13 +11,23 @@ from torch import Tensor
 
 from apportion.ops.threads import matching_threads
 
-# As for the sparse products: several partial sums in vector registers, in an order that depends on d alone.
-_FAST = {"reassoc", "contract", "nsz"}
 # Rows that a thread takes at once: it looks for the first one's gradient by bisection and then goes along with them.
 _ROWS = 64
 
 
-@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+# Here LLVM may choose the order of the additions. It may not in `_adam_step`: there it would also choose which of two
+# products to fuse with their sum, and it chooses differently in the process that compiles the kernel and in those that
+# load it from numba's cache, so a run that is resumed would end with other bits.
+@numba.njit(fastmath={"reassoc", "contract", "nsz"}, cache=True)
+@no_type_check
+def _dot(left, right):
+    total = left.dtype.type(0)
+    for j in range(left.shape[0]):
+        total += left[j] * right[j]
+    return total
+
+
+@numba.njit(parallel=True, cache=True)
 @no_type_check
 def _adam_step(
     param, mean, square, grad, grad_rows, is_compact, keep1, add1, keep2, add2, rate, root2, eps, decay, unit_rows, tiny
@@ -33,7 +43,6 @@ def _adam_step(
             if not is_compact or (place < grad_rows.shape[0] and grad_rows[place] == row):
                 g = grad[place]
                 place += 1
-            norm = zero
             for j in range(width):
                 gradient = g[j] + decay * p[j]
                 new_mean = keep1 * m[j] + add1 * gradient
@@ -43,21 +52,18 @@ def _adam_step(
                 new_square = zero if new_square < tiny else new_square
                 value = p[j] - rate * new_mean / (math.sqrt(new_square) * root2 + eps)
                 m[j], v[j], p[j] = new_mean, new_square, value
-                norm += value * value
             if unit_rows:
-                scale = max(math.sqrt(norm), param.dtype.type(1e-12))
+                scale = max(math.sqrt(_dot(p, p)), param.dtype.type(1e-12))
                 for j in range(width):
                     p[j] /= scale
 
 
-@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+@numba.njit(parallel=True, cache=True)
 @no_type_check
 def _project_rows(grad, unit, grad_rows, is_compact):
     for place in numba.prange(grad.shape[0]):
         g, u = grad[place], unit[grad_rows[place] if is_compact else np.int64(place)]
-        along = grad.dtype.type(0)
-        for j in range(grad.shape[1]):
-            along += g[j] * u[j]
+        along = _dot(g, u)
         for j in range(grad.shape[1]):
             g[j] -= along * u[j]
 

@@ -296,6 +296,8 @@ def _reaching(product: _Product, cuts: np.ndarray) -> _Candidates:
         found = np.empty(ends[-1], np.int64), np.empty(ends[-1], bias.dtype), np.empty(ends[-1], bias.dtype)
         _gather_reaching(*block, bias[columns], cuts[columns], ends, *found)
         pieces.append((block.first_row, counts, *found))
+        # Its scores would otherwise stay until everything is joined.
+        del block
     return _joined(pieces, rows, product.x.dtype)
 
 
