@@ -119,11 +119,18 @@ def test_cases_take_turns_after_the_warm_up() -> None:
     assert samples["B"] == [{"seconds": 1.0}, {"seconds": 2.0}]
 
 
-def test_a_race_whose_time_is_spent_ends_after_a_whole_round() -> None:
+def test_a_race_whose_time_is_spent_ends_after_a_whole_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_ALWAYS_SECONDS", 0.0)
     taken = itertools.count()
     race = Race([Case(label, lambda turn: {"seconds": float(next(taken))}) for label in "AB"], baseline="A")
     samples = runner.interleaved(race, rounds=50, warm_ups=0, until=time.monotonic() - 1)
     assert [len(each) for each in samples.values()] == [1, 1]
+
+
+def test_a_short_race_is_not_cut_by_what_took_long_before_it() -> None:
+    race = Race([Case(label, lambda turn: {"seconds": 0.0}) for label in "AB"], baseline="A")
+    samples = runner.interleaved(race, rounds=7, warm_ups=0, until=time.monotonic() - 1)
+    assert [len(each) for each in samples.values()] == [7, 7]
 
 
 def test_a_million_features_are_not_tried_where_they_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
