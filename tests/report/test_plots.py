@@ -5,7 +5,7 @@ import pytest
 
 from apportion.features import ZipfFit
 from apportion.report import ResultRow
-from apportion.report.plots import ParetoPoint, bars_with_errors, density_rank, pareto, training_curves
+from apportion.report.plots import ParetoPoint, bars_with_errors, density_rank, pareto, trade_offs, training_curves
 
 ROWS = [ResultRow(name, metric, 0.2, 0.02, 3) for name in ("TokenChoice", "MutualChoice") for metric in ("FVU", "dead")]
 LAW = ZipfFit(exponent=1.0, offset=0.0, scale=0.3, r_squared=0.99)
@@ -18,6 +18,7 @@ DRAWN = {
     "one-bar": lambda path: bars_with_errors(path, ROWS[:1]),
     "density": lambda path: density_rank(path, {"mutual": DENSITY}, {"mutual": LAW}),
     "pareto": lambda path: pareto(path, POINTS, cost="mean L0", quality="loss recovered", log_cost=True),
+    "trade-offs": lambda path: trade_offs(path, {"loss recovered": POINTS, "dead": POINTS[:2]}, cost="L0"),
     "curves": lambda path: training_curves(path, {"a": HISTORY, "b": HISTORY}, ["loss"]),
 }
 
@@ -43,3 +44,5 @@ def test_an_unknown_format_and_an_empty_plot_are_refused(tmp_path):
         DRAWN["bars"](tmp_path / "a.bmp")
     with pytest.raises(ValueError, match="rows is empty"):
         bars_with_errors(tmp_path / "a.png", [])
+    with pytest.raises(ValueError, match="points is empty"):
+        trade_offs(tmp_path / "a.png", {"dead": []}, cost="L0")

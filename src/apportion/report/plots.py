@@ -123,23 +123,40 @@ def pareto(
     if not points:
         raise ValueError("points is empty: there is nothing to plot")
     with _figure(path, (6.4, 4.4), 1, title) as (panel,):
-        for line, series in enumerate(dict.fromkeys(point.series for point in points)):
-            own = sorted((point for point in points if point.series == series), key=lambda point: point.cost)
-            panel.errorbar(
-                [point.cost for point in own],
-                [point.quality for point in own],
-                xerr=[point.cost_stderr for point in own],
-                yerr=[point.quality_stderr for point in own],
-                color=_COLOURS[line % len(_COLOURS)],
-                marker="o",
-                markersize=5,
-                capsize=3,
-                elinewidth=1.1,
-                label=series,
-            )
+        _draw_trade_off(panel, points, list(dict.fromkeys(point.series for point in points)))
         panel.set(xlabel=cost, ylabel=quality, xscale="log" if log_cost else "linear")
         panel.legend()
     return Path(path)
+
+
+def trade_offs(path: Path | str, points: Mapping[str, Sequence[ParetoPoint]], *, cost: str, title: str = "") -> Path:
+    """``pareto`` for several qualities side by side, by their names; a series has the same colour in all of them."""
+    if not points or not all(points.values()):
+        raise ValueError("points is empty: there is nothing to plot")
+    series = list(dict.fromkeys(point.series for each in points.values() for point in each))
+    with _figure(path, (4.2 * len(points) + 0.6, 3.8), len(points), title) as panels:
+        for panel, (quality, own) in zip(panels, points.items(), strict=True):
+            _draw_trade_off(panel, own, series)
+            panel.set(xlabel=cost, title=quality)
+        panels[0].legend()
+    return Path(path)
+
+
+def _draw_trade_off(panel: "Axes", points: Sequence[ParetoPoint], series: Sequence[str]) -> None:
+    for name in dict.fromkeys(point.series for point in points):
+        own = sorted((point for point in points if point.series == name), key=lambda point: point.cost)
+        panel.errorbar(
+            [point.cost for point in own],
+            [point.quality for point in own],
+            xerr=[point.cost_stderr for point in own],
+            yerr=[point.quality_stderr for point in own],
+            color=_COLOURS[series.index(name) % len(_COLOURS)],
+            marker="o",
+            markersize=5,
+            capsize=3,
+            elinewidth=1.1,
+            label=name,
+        )
 
 
 def training_curves(
