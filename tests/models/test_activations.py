@@ -230,6 +230,16 @@ def test_every_epoch_has_an_order_of_its_own(store):
     assert len({order.tobytes() for order in orders}) == 5
 
 
+def test_joint_batches_have_the_tokens_of_single_ones_at_every_site(store):
+    joint = store.joint_batches(50, seed=5, sites=SITES)
+    for step in (0, 9):
+        parts = joint(step)
+        assert len(parts) == len(SITES)
+        for part, site in zip(parts, SITES, strict=True):
+            assert torch.equal(part, store.batches(50, seed=5, site=site)(step))
+    assert joint.steps_per_epoch == store.n_tokens / 50
+
+
 def test_batches_refuse_what_cannot_be(store):
     empty = StoreView(store, np.arange(0))
     for make_batches, named in [
@@ -237,6 +247,8 @@ def test_batches_refuse_what_cannot_be(store):
         (lambda: store.batches(4, seed=-1), "seed is -1"),
         (lambda: store.batches(4, site="layers.7.residual"), r"layers\.7\.residual"),
         (lambda: empty.batches(4), "no rows"),
+        (lambda: store.joint_batches(4, sites=()), "sites is empty"),
+        (lambda: store.joint_batches(4, sites=(SITES[0], "layers.7.residual")), r"layers\.7\.residual"),
     ]:
         with pytest.raises(InputError, match=named):
             make_batches()

@@ -116,3 +116,15 @@ def test_the_smoke_study_runs_and_is_kept_but_is_no_result(apportion_cache, tmp_
     page = write_results(tmp_path).read_text()
     assert "| `mutual_feature_choice` | features |" in page
     assert "not run" in page
+
+
+def test_the_page_keeps_what_another_machine_found(apportion_cache, tmp_path) -> None:
+    kept = ["## mutual_feature_choice: mixed", "", "*paper*", "", "### How", "", "- Measured for hours elsewhere.", ""]
+    (tmp_path / "results.md").write_text("\n".join(["# Results", "", "old words", "", *kept, "## All systems", ""]))
+    page = write_results(tmp_path).read_text()
+    assert "\n".join(kept) in page
+    assert "old words" not in page
+    assert page.count("## All systems") == 1
+    row = next(line for line in page.splitlines() if line.startswith("| `mutual_feature_choice`"))
+    assert row.endswith("| mixed |")
+    assert write_results(tmp_path).read_text() == page

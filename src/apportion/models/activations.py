@@ -298,6 +298,10 @@ class StoreView:
         """Shuffled batches without end; see `ShuffledBatches`."""
         return ShuffledBatches(self, batch_size, seed, site)
 
+    def joint_batches(self, batch_size: int, seed: int = 0, *, sites: Sequence[Site | str]) -> "JointBatches":
+        """Shuffled batches of the same tokens at several sites; see `JointBatches`."""
+        return JointBatches(self, batch_size, seed, sites)
+
     def split(self, held_out_fraction: float = 0.1) -> tuple["StoreView", "StoreView"]:
         """Cut the view in two so that no document has tokens in both parts.
 
@@ -604,6 +608,39 @@ class ShuffledBatches:
         epochs, within = place // size, place % size
         parts = [shuffled(within[epochs == epoch], size, (self.seed, int(epoch))) for epoch in np.unique(epochs)]
         return np.concatenate(parts)
+
+
+class JointBatches:
+    """Shuffled batches of several sites whose rows stay together: row i of all of them is the same token.
+
+    The rows are those of `ShuffledBatches` with the same seed, so that what is trained on one site and what is trained
+    on two see the same tokens in the same order.
+
+    Args:
+        view: the rows.
+        batch_size: rows per batch.
+        seed: of the order.
+        sites: which, in the order in which a batch has them.
+
+    Raises:
+        InputError: see `ShuffledBatches`; or no sites.
+    """
+
+    def __init__(self, view: StoreView, batch_size: int, seed: int, sites: Sequence[Site | str]):
+        if not sites:
+            raise InputError("sites is empty: name at least one")
+        self._of_site = [ShuffledBatches(view, batch_size, seed, site) for site in sites]
+        self.sites = tuple(sites)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """How many batches serve every row once."""
+        return self._of_site[0].steps_per_epoch
+
+    def __call__(self, step: int) -> tuple[Float32[Tensor, "batch _"], ...]:
+        """The batch of a step, counted from 0: a tensor for each site."""
+        indices = self._of_site[0].indices(step)
+        return tuple(each.view.read(indices, each.site) for each in self._of_site)
 
 
 def shuffled(positions: Int64[np.ndarray, " n"], size: int, seed: Sequence[int]) -> Int64[np.ndarray, " n"]:

@@ -73,8 +73,13 @@ def all_studies() -> list[dict[str, Any]]:
 
 
 def write_results(folder: Path | str) -> Path:
-    """Write ``results.md`` and its pictures into ``folder`` from what this machine found."""
+    """Write ``results.md`` and its pictures into ``folder`` from what this machine found.
+
+    What the page says of systems that this machine has not measured stays as it is: a finding of hours on another
+    machine is not lost to a rerun of one study on this one.
+    """
     folder = Path(folder)
+    before = _sections_of(folder / "results.md")
     lines = [
         "# Results",
         "",
@@ -82,15 +87,33 @@ def write_results(folder: Path | str) -> Path:
         "claim holds if the 95 % interval over seeds of every comparison that counts lies on its side of zero.",
         "",
     ]
-    for each in SYSTEMS:
+    rows = all_studies()
+    for each, row in zip(SYSTEMS, rows, strict=True):
         finding = last_finding(each.slug) if each.built else None
         if finding is not None:
             lines += _section(finding, each.paper, folder)
+        elif each.built and each.slug in before:
+            row["verdict"], kept = before[each.slug]
+            lines += kept
     lines += ["## All systems", "", "| system | room | paper | verdict |", "|---|---|---|---|"]
-    lines += [f"| `{row['slug']}` | {row['room']} | {row['paper']} | {row['verdict']} |" for row in all_studies()]
+    lines += [f"| `{row['slug']}` | {row['room']} | {row['paper']} | {row['verdict']} |" for row in rows]
     with write_atomically(folder / "results.md") as path:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "results.md"
+
+
+def _sections_of(page: Path) -> dict[str, tuple[str, list[str]]]:
+    """The verdict and the lines of every system's section on a page of results; nothing where there is no page."""
+    sections: dict[str, tuple[str, list[str]]] = {}
+    lines: list[str] | None = None
+    for line in page.read_text(encoding="utf-8").splitlines() if page.exists() else ():
+        if line.startswith("## "):
+            slug, _, verdict = line.removeprefix("## ").partition(": ")
+            lines = []
+            sections[slug] = verdict, lines
+        if lines is not None:
+            lines.append(line)
+    return sections
 
 
 def _section(finding: Finding, paper: str, folder: Path) -> list[str]:
