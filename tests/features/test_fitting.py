@@ -50,12 +50,13 @@ def fit(recipe: Recipe, **more):
         (replace(BASE, rule=TokenChoice(3)), 0.5),
         (BASE, 0.4),
         (replace(BASE, auxiliary="dead", dead_after=1000), 0.4),
+        (replace(BASE, nested=(0.25, 0.5)), 0.5),
         (replace(BASE, rule=FeatureChoice(3, profile=Zipf())), 0.5),
         (replace(BASE, rule=Threshold(0.0), target_l0=3.0, auxiliary="none"), 0.9),
         (replace(BASE, rule=LearnedThreshold(), target_l0=3.0, auxiliary="none"), 0.9),
         (replace(BASE, rule=Threshold(0.0), gated=True, target_l0=3.0, auxiliary="none"), 0.9),
     ],
-    ids=["topk", "mutual+zipf", "mutual+dead", "feature", "relu", "jumprelu", "gated"],
+    ids=["topk", "mutual+zipf", "mutual+dead", "matryoshka", "feature", "relu", "jumprelu", "gated"],
 )
 def test_every_architecture_learns(recipe: Recipe, most: float) -> None:
     sae, result = fit(recipe)
@@ -189,3 +190,9 @@ def test_silence_is_a_quarter_of_the_run_at_most_ten_million_tokens() -> None:
     assert BASE.silence == 120 * 256 // 4
     assert replace(BASE, steps=10**9).silence == 10_000_000
     assert replace(BASE, dead_after=7).silence == 7
+
+
+@pytest.mark.parametrize("nested", [(0.5, 0.25), (0.5, 0.5), (1.0,), (0.0, 0.5), (0.01,)])
+def test_prefixes_that_are_none_are_refused(nested: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="nested="):
+        replace(BASE, nested=nested)

@@ -59,7 +59,8 @@ def write_run_report(
 
 
 def _rule_of(recipe: Mapping[str, Any]) -> str:
-    return str(recipe["rule"]["name"]) + (" (gated)" if recipe["gated"] else "")
+    kind = " (gated)" if recipe["gated"] else " (Matryoshka)" if recipe.get("nested") else ""
+    return str(recipe["rule"]["name"]) + kind
 
 
 def _summary(run: "TrainedRun", prepared: "PreparedStore") -> dict[str, str | int | float]:

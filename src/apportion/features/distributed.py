@@ -266,6 +266,11 @@ def check_over_mesh(recipe: Recipe) -> None:
     Raises:
         InputError: a rule without a budget or a gated dictionary.
     """
+    if recipe.nested:
+        raise InputError(
+            f"nested={recipe.nested}: over a mesh a prefix of the features is on some processes only: train Matryoshka "
+            "dictionaries on one process"
+        )
     if recipe.gated or not recipe.has_budget:
         raise InputError(
             f"rule={recipe.rule}, gated={recipe.gated}: over a mesh only TokenChoice, MutualChoice and FeatureChoice "

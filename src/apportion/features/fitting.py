@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,21 @@ from apportion.allocate import Allocation, FeatureChoice, MutualChoice, Rule, To
 from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.jump_relu import LearnedThreshold
-from apportion.features.losses import aux_k_loss, gated_loss, l0_loss, l1_loss, reconstruction_loss
+from apportion.features.losses import (
+    aux_k_loss,
+    gated_loss,
+    l0_loss,
+    l1_loss,
+    nested_reconstruction_loss,
+    reconstruction_loss,
+)
 from apportion.features.mutual_feature_choice import Phases, fit_zipf, set_shares_by_demand, underused_features
 from apportion.features.optimizer import dictionary_adam
 from apportion.features.rules import rule_to_dict
 from apportion.training import Hook, TrainingResult, TrainingSettings, train
+
+MATRYOSHKA = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
+"""The nested shares of Bussmann et al. 2025 (arXiv 2503.17547): groups of 1/32, 1/16, 1/8, 1/4 and the rest."""
 
 Batches = Callable[[int], Float[Tensor, "tokens d"]]
 
@@ -33,6 +44,8 @@ class Recipe:
         steps: optimiser steps.
         batch_size: tokens a step.
         gated: see ``SparseAutoencoder``.
+        nested: shares of the features, ascending; the first so many of them must reconstruct by themselves, too
+            (Matryoshka dictionaries, see ``nested_reconstruction_loss``).
         learning_rate: of Adam; default ``2e-4 / sqrt(F / 2**14)``.
         auxiliary: revive features that are underused by Zipf's law (``zipf``), or silent for long (``dead``), or none.
         auxiliary_weight: of that loss.
@@ -51,6 +64,7 @@ class Recipe:
     steps: int
     batch_size: int = 4096
     gated: bool = False
+    nested: tuple[float, ...] = ()
     learning_rate: float | None = None
     auxiliary: Literal["zipf", "dead", "none"] = "zipf"
     auxiliary_weight: float = 1 / 32
@@ -71,6 +85,12 @@ class Recipe:
             raise InputError(f"auxiliary={self.auxiliary!r}: one of zipf, dead, none")
         if self.precision not in ("float32", "bfloat16"):
             raise InputError(f"precision={self.precision!r}: one of float32, bfloat16")
+        shares = (0.0, *self.nested, 1.0)
+        if any(low >= high for low, high in pairwise(shares)) or any(s * self.n_features < 1 for s in self.nested):
+            raise InputError(
+                f"nested={self.nested}: give ascending shares between 0 and 1 of at least one of the {self.n_features} "
+                f"features each, such as {MATRYOSHKA}"
+            )
         if self.target_l0 is not None and not 0 < self.target_l0 <= self.n_features:
             raise InputError(f"target_l0={self.target_l0}: must be above 0 and at most n_features={self.n_features}")
 
@@ -119,6 +139,9 @@ class DictionaryObjective:
         codes = sae.encode_centred(x, "batch", rule)
         output = sae.decode_scaled(codes)
         loss = fvu = self._reconstruction_loss(sae, target, output)
+        if recipe.nested:
+            sizes = [int(share * recipe.n_features) for share in recipe.nested]
+            loss = (fvu + nested_reconstruction_loss(sae, target, codes, sizes).sum()) / (1 + len(sizes))
         if not recipe.has_budget:
             loss = loss + self._penalty(sae, x, target, codes.nnz / max(codes.shape[0], 1))
         if recipe.auxiliary != "none" and step > 0:
