@@ -197,7 +197,7 @@ def test_a_module_and_an_objective_of_ones_own_train_on_batches_of_several_tenso
     shifted, _ = fit_dictionary(
         recipe, lambda step: (batches(step), torch.ones(256, 16)), 16, objective=Sum(recipe), progress=False
     )
-    assert float((shifted.decoder_bias - plain.decoder_bias).detach().mean()) > 0.1
+    assert float((shifted.decoder_bias - plain.decoder_bias).detach().mean()) > 0.02
 
 
 @pytest.mark.parametrize(
