@@ -12,7 +12,6 @@ from apportion.features import (
     gated_loss,
     l0_loss,
     l1_loss,
-    nested_reconstruction_loss,
     reconstruction_loss,
 )
 from apportion.features.jump_relu import jump_relu, step
@@ -30,18 +29,6 @@ def test_reconstruction_loss_is_the_unexplained_share_of_variance(x: torch.Tenso
     torch.testing.assert_close(reconstruction_loss(x, x.mean(dim=0).expand_as(x)), torch.tensor(1.0))
     half = x.bfloat16()
     assert reconstruction_loss(half, half).dtype == torch.float32
-
-
-def test_nested_losses_are_those_of_the_prefixes_alone(x: torch.Tensor) -> None:
-    sae = SparseAutoencoder(D, F, TokenChoice(8))
-    codes = sae(x).codes
-    losses = nested_reconstruction_loss(sae, x, codes, [5, 20])
-    for size, loss in zip([5, 20], losses, strict=True):
-        alone = codes.to_dense()[:, :size] @ sae.decoder_weight[:size] + sae.decoder_bias
-        torch.testing.assert_close(loss, reconstruction_loss(x, alone))
-    losses[0].backward()
-    assert sae.decoder_weight.grad is not None
-    assert not sae.decoder_weight.grad[5:].any()
 
 
 def test_l1_weighs_features_by_their_decoder_norm(x: torch.Tensor) -> None:

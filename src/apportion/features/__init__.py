@@ -3,14 +3,7 @@
 from apportion.features.dictionary import Reconstruction, SparseAutoencoder
 from apportion.features.fitting import DictionaryObjective, Recipe, UnitDecoder, fit_dictionary
 from apportion.features.jump_relu import LearnedThreshold
-from apportion.features.losses import (
-    aux_k_loss,
-    gated_loss,
-    l0_loss,
-    l1_loss,
-    nested_reconstruction_loss,
-    reconstruction_loss,
-)
+from apportion.features.losses import aux_k_loss, gated_loss, l0_loss, l1_loss, reconstruction_loss
 from apportion.features.mutual_feature_choice import (
     Phases,
     ZipfFit,
@@ -39,7 +32,6 @@ __all__ = [
     "gated_loss",
     "l0_loss",
     "l1_loss",
-    "nested_reconstruction_loss",
     "reconstruction_loss",
     "underused_features",
 ]

@@ -1,6 +1,5 @@
 """Losses of dictionaries, as functions beside the model. All return scalars; weights are the caller's."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,31 +22,6 @@ def reconstruction_loss(target: Float[Tensor, "tokens d"], output: Float[Tensor,
     target, output = target.float(), output.float()
     variance = target.var(dim=0, correction=0).sum() * target.shape[0]
     return mse_loss(output, target, reduction="sum") / variance.clamp(min=1e-12)
-
-
-def nested_reconstruction_loss(
-    sae: SparseAutoencoder, target: Float[Tensor, "tokens d"], codes: Allocation, sizes: Sequence[int]
-) -> Float[Tensor, " sizes"]:
-    """What each prefix of the dictionary leaves unexplained by itself: the terms of a Matryoshka dictionary.
-
-    Early features must then be useful without the later ones, which keeps general features from being absorbed by
-    special ones (Bussmann et al. 2025, arXiv 2503.17547). The code is that of the whole dictionary; a prefix decodes
-    the part of it that it owns. The method's loss is the sum of these and of the whole dictionary's, here their mean,
-    so that an auxiliary loss weighs as much as without prefixes.
-
-    Args:
-        sae: the dictionary.
-        target: in scaled units.
-        codes: of the whole dictionary.
-        sizes: how many features each prefix has, ascending.
-    """
-    losses, output, start = [], sae.decoder_bias.expand_as(target), 0
-    for size in sizes:
-        group = codes.keep((codes.col_indices >= start) & (codes.col_indices < size))
-        output = output + group.matmul(sae.decoder_weight, sae.sparse_gradients)
-        losses.append(reconstruction_loss(target, output))
-        start = size
-    return torch.stack(losses)
 
 
 def l1_loss(codes: Allocation, decoder_weight: Float[Tensor, "features d"]) -> Float[Tensor, ""]:
