@@ -2,6 +2,7 @@
 
 from apportion.models.activations import ActivationStore, StoreView
 from apportion.models.capture import capture
+from apportion.models.gradients import capture_with_gradients, capture_with_loss_gradients
 from apportion.models.harvest import harvest, join_parts
 from apportion.models.language import LanguageModel, load
 from apportion.models.packaged import cache_dir, fetch
@@ -15,6 +16,8 @@ __all__ = [
     "StoreView",
     "cache_dir",
     "capture",
+    "capture_with_gradients",
+    "capture_with_loss_gradients",
     "fetch",
     "harvest",
     "join_parts",
