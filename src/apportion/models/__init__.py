@@ -2,6 +2,7 @@
 
 from apportion.models.activations import ActivationStore, StoreView
 from apportion.models.capture import capture
+from apportion.models.gradients import capture_with_gradients, capture_with_loss_gradients
 from apportion.models.harvest import harvest, join_parts
 from apportion.models.heads import HeadEdit, edit_heads, head_outputs
 from apportion.models.language import LanguageModel, load
@@ -23,6 +24,8 @@ __all__ = [
     "ablate_heads",
     "cache_dir",
     "capture",
+    "capture_with_gradients",
+    "capture_with_loss_gradients",
     "edit_heads",
     "fetch",
     "harvest",
