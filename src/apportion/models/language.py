@@ -19,7 +19,7 @@ from apportion.models.quiet import quiet_transformers
 from apportion.models.site import Site
 
 # Logits of this many numbers at a time: 64 MiB in float32, some 340 tokens of SmolLM2's vocabulary.
-_LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(eq=False)
@@ -115,7 +115,7 @@ class LanguageModel:
         targets = input_ids[:, 1:].flatten().long()
         head = self.model.get_output_embeddings()
         losses = torch.empty(len(targets), device=hidden.device)
-        step = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+        step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             logits = finish_logits(self.model, head(hidden[part]).float())
