@@ -59,10 +59,9 @@ def test_the_sparing_gradients_are_those_of_the_loss(penalty: float, silent: boo
         book.encoder_bias.copy_(torch.tensor([0.1, -9.0, -0.5, 0.0, -1.0]) - (20.0 if silent else 0.0))
         book.bias.normal_()
     x = torch.randn(11, 8)
-    loss = code_loss(book, x)
-    loss.backward()
+    code_loss(book, x).backward()
     expected = {name: each.grad.clone() for name, each in book.named_parameters() if each.grad is not None}
-    assert code_loss_gradients_(book, x) == pytest.approx(loss.item(), rel=1e-5)
+    code_loss_gradients_(book, x)
     for name, each in book.named_parameters():
         torch.testing.assert_close(each.grad, expected[name], rtol=1e-4, atol=1e-6)
 

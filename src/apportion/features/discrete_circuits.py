@@ -164,34 +164,32 @@ def code_loss(book: CodeBook, x: Float[Tensor, "rows d"]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def code_loss_gradients_(book: CodeBook, x: Float[Tensor, "rows d"]) -> float:
-    """Set the gradients of ``code_loss`` and give its value; exact, at the price of the features and rows at work.
+def code_loss_gradients_(book: CodeBook, x: Float[Tensor, "rows d"]) -> None:
+    """Set the gradients of ``code_loss``; exact, at the price of the rows and features at work.
 
     Most rows end up without a feature and many features without a row. Only the first product, which finds out, is
-    taken over all of them.
+    taken over all of them; a row without a feature is reconstructed by the bias, and only the sum of such rows counts.
     """
     rows, width = x.shape
-    centred = x - book.bias
-    features = torch.relu(centred @ book.encoder_weight.T + book.encoder_bias)
-    active = features > 0
+    scores = torch.addmm(book.encoder_bias - book.encoder_weight @ book.bias, x, book.encoder_weight.T)
+    active = scores > 0
     speaking, used = active.any(1).nonzero().flatten(), active.any(0).nonzero().flatten()
-    features, active = features[speaking][:, used], active[speaking][:, used]
+    own = x if len(speaking) == rows else x[speaking]
+    features = scores[speaking][:, used].relu_()
     decoder = book.decoder_weight[used]
-    error = -centred
-    error[speaking] += features @ decoder
-    loss = error.square().mean() + book.settings.penalty * features.sum() / rows
+    error = torch.addmm(book.bias, features, decoder).sub_(own)
 
-    to_output = error.mul_(2 / (rows * width))
-    to_speaking = to_output[speaking]
-    to_features = (to_speaking @ decoder.T + book.settings.penalty / rows) * active
+    scale = 2 / (rows * width)
+    to_features = torch.mm(error, decoder.T).mul_(scale).add_(book.settings.penalty / rows).mul_(features > 0)
+    per_feature = to_features.sum(0)
     gradients = [torch.zeros_like(each) for each in (book.encoder_weight, book.decoder_weight, book.encoder_bias)]
-    gradients[0][used] = to_features.T @ centred[speaking]
-    gradients[1][used] = features.T @ to_speaking
-    gradients[2][used] = to_features.sum(0)
+    gradients[0][used] = to_features.T @ own - per_feature[:, None] * book.bias
+    gradients[1][used] = scale * (features.T @ error)
+    gradients[2][used] = per_feature
     book.encoder_weight.grad, book.decoder_weight.grad, book.encoder_bias.grad = gradients
+    silent = (rows - len(speaking)) * book.bias - (x.sum(0) - own.sum(0))
     # The bias is added to the output, and taken away before the encoder.
-    book.bias.grad = to_output.sum(0) - to_features.sum(0) @ book.encoder_weight[used]
-    return float(loss)
+    book.bias.grad = scale * (error.sum(0) + silent) - per_feature @ book.encoder_weight[used]
 
 
 def fit_codes(
