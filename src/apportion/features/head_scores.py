@@ -97,15 +97,26 @@ def auc_interval(
         seed: of the bootstrap.
     """
     generator = np.random.default_rng(seed)
-    found = np.empty(resamples)
-    for draw in range(resamples):
-        prompts = torch.from_numpy(generator.integers(len(effects), size=len(effects))).to(effects.device)
-        wins = _wins(scores, label_heads(effects[prompts], share))
-        rows, columns = (generator.integers(size, size=size) for size in wins.shape)
-        weights = [np.bincount(each, minlength=size) for each, size in zip((rows, columns), wins.shape, strict=True)]
-        found[draw] = weights[0] @ wins @ weights[1] / wins.size
+    pairs, heads = len(effects), scores.numel()
+    count = int(label_heads(effects, share).sum())
+    drawn = np.stack([np.bincount(generator.integers(pairs, size=pairs), minlength=pairs) for _ in range(resamples)])
+    means = np.abs(drawn @ effects.flatten(1).double().cpu().numpy())
+    order = np.argsort(-means, axis=1)
+    inside = _multiplicities(generator, order[:, :count], heads)
+    outside = _multiplicities(generator, order[:, count:], heads)
+    flat = scores.flatten().double().cpu().numpy()
+    wins = (flat[:, None] > flat) + 0.5 * (flat[:, None] == flat)
+    found = ((inside @ wins) * outside).sum(1) / (count * (heads - count))
     low, high = np.quantile(found, (0.025, 0.975))
     return float(low), float(high)
+
+
+def _multiplicities(generator: np.random.Generator, members: np.ndarray, heads: int) -> np.ndarray:
+    """How often each head is in a resample of the members of each row: [resamples, heads]."""
+    resamples, size = members.shape
+    chosen = np.take_along_axis(members, generator.integers(size, size=members.shape), axis=1)
+    places = chosen + heads * np.arange(resamples)[:, None]
+    return np.bincount(places.ravel(), minlength=resamples * heads).reshape(resamples, heads).astype(float)
 
 
 def _wins(scores: Tensor, labels: Tensor) -> np.ndarray:

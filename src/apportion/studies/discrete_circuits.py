@@ -54,7 +54,7 @@ from apportion.models import (
     validate,
 )
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
-from apportion.studies.machine import machine
+from apportion.studies.machine import machine, one_thread
 from apportion.studies.workbench import Workbench
 
 CLAIM = (
@@ -146,7 +146,8 @@ _SIZES: dict[Scale, _Size] = {
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     size = _SIZES[scale]
-    rows, comparisons, notes = _on_synthetic(size, seeds, bench)
+    with one_thread():
+        rows, comparisons, notes = _on_synthetic(size, seeds, bench)
     if size.real is not None:
         more = _on_model(size.real, seeds, bench)
         rows, comparisons, notes = rows + more[0], comparisons + more[1], notes + more[2]
@@ -256,12 +257,12 @@ def _on_model(size: _Real, seeds: list[int], bench: Workbench) -> tuple[list[Row
                 for metric, value in figures.items():
                     measured[f"{task.name}: {method}"][metric].append(value)
     notes.append(
-        f"{size.model}: {size.pairs} + {size.pairs} prompts a task and seed, the autoencoder on 10 of them. Labels: exact "
-        f"patching of each of {lm.n_layers * lm.n_heads} heads on {size.label_pairs} pairs "
-        f"({size.label_pairs_docstring} of docstring) of a seed of their own: counterfactual output at all positions of "
-        "the clean run, the task's metric. Intervals are means over seeds of 95 % bootstrap intervals over label prompts "
-        "and heads. Attribution patching, head importance and ablation see the answers, on prompts that are not those of "
-        "the labels. Seconds include the model's forward passes."
+        f"{size.model}: {size.pairs} + {size.pairs} prompts a task and seed, the autoencoder on 10 of them. Labels: "
+        f"exact patching of each of {lm.n_layers * lm.n_heads} heads on {size.label_pairs} pairs "
+        f"({size.label_pairs_docstring} of docstring) of a seed of their own: counterfactual output at all positions "
+        "of the clean run, the task's metric. Intervals are means over seeds of 95 % bootstrap intervals over label "
+        "prompts and heads. Attribution patching, head importance and ablation see the answers, on prompts that are "
+        "not those of the labels. Seconds include the model's forward passes."
     )
     return collect_rows(measured), _model_claims(measured), notes
 
