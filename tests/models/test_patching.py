@@ -7,7 +7,7 @@ import torch
 from apportion.errors import InputError
 from apportion.models import LanguageModel, Site
 from apportion.models.heads import HeadEdit, edit_heads, head_outputs, write_weight, written_by_heads
-from apportion.models.patching import ablate_heads, keep_heads, mean_outputs, patch_heads
+from apportion.models.patching import ablate_heads, attribute_heads, keep_heads, mean_outputs, patch_heads
 from apportion.models.prompts import TokenPairs, TokenPrompts, judge, predict
 from apportion.models.restart import Restart
 
@@ -112,6 +112,32 @@ def test_ablation_puts_zero_or_the_mean_in_a_heads_place(llama: Any) -> None:
         with edit_heads(lm, [HeadEdit(1, 2, values)]):
             after = judge(predict(lm, pairs.clean), pairs.clean, pairs.metric)
         torch.testing.assert_close(ablate_heads(lm, pairs, kind)[:, 1, 2], before - after, rtol=1e-3, atol=1e-5)
+
+
+def test_attribution_is_the_slope_of_patching(lm: LanguageModel) -> None:
+    pairs = token_pairs()
+    estimate = attribute_heads(lm, pairs)
+    outputs = [head_outputs(lm, each.input_ids, each.attention_mask) for each in (pairs.clean, pairs.counterfactual)]
+    step = 2e-3  # small, for the kinks of ReLUs
+    for layer, head in ((0, 1), (1, 3), (2, 0)):
+        here = [each[:, :, layer, head] for each in outputs]
+        moved = []
+        for sign in (1, -1):
+            with edit_heads(lm, [HeadEdit(layer, head, here[0] + sign * step * (here[1] - here[0]))]):
+                moved.append(judge(predict(lm, pairs.clean), pairs.clean, pairs.metric))
+        slope = (moved[1] - moved[0]) / (2 * step)
+        torch.testing.assert_close(estimate[:, layer, head], slope, rtol=2e-2, atol=2e-3)
+
+
+def test_importance_is_the_size_of_attribution_against_silence(llama: Any) -> None:
+    lm, pairs = LanguageModel("tiny", llama, None), token_pairs()
+    importance = attribute_heads(lm, pairs, kind="importance")
+    outputs = head_outputs(lm, pairs.clean.input_ids, pairs.clean.attention_mask)[:, :, 2, 1]
+    moved = []
+    for factor in (1.01, 0.99):
+        with edit_heads(lm, [HeadEdit(2, 1, outputs * factor)]):
+            moved.append(judge(predict(lm, pairs.clean), pairs.clean, pairs.metric))
+    torch.testing.assert_close(importance[:, 2, 1], ((moved[0] - moved[1]) / 0.02).abs(), rtol=2e-2, atol=2e-3)
 
 
 def test_keeping_all_heads_is_the_model_and_keeping_none_leaves_no_head_its_own_work(llama: Any) -> None:

@@ -7,7 +7,7 @@ from apportion.models.harvest import harvest, join_parts
 from apportion.models.heads import HeadEdit, edit_heads, head_outputs
 from apportion.models.language import LanguageModel, load
 from apportion.models.packaged import cache_dir, fetch
-from apportion.models.patching import ablate_heads, keep_heads, patch_heads
+from apportion.models.patching import ablate_heads, attribute_heads, keep_heads, patch_heads
 from apportion.models.prompts import TokenPairs, TokenPrompts, Validation, tokenise, validate
 from apportion.models.site import Site
 from apportion.models.splice import splice
@@ -22,6 +22,7 @@ __all__ = [
     "TokenPrompts",
     "Validation",
     "ablate_heads",
+    "attribute_heads",
     "cache_dir",
     "capture",
     "capture_with_gradients",

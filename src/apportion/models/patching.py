@@ -1,4 +1,4 @@
-"""Activation patching of attention heads, exactly: what changes if one head puts out something else?
+"""Activation patching of attention heads, exact and to first order: what changes if one head puts out something else?
 
 Noising (Wang et al. 2022, arXiv 2211.00593): in the run on the clean prompt a head's output becomes that of the
 counterfactual prompt, at all positions or at one, and everything above it is computed anew. The effect of a head is the
@@ -13,7 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.data.tasks.pairs import MetricName
 from apportion.errors import InputError
+from apportion.models.capture import capture
+from apportion.models.gradients import capture_with_gradients
 from apportion.models.heads import HeadEdit, edit_heads, head_outputs
 from apportion.models.language import LanguageModel
 from apportion.models.prompts import TokenPairs, TokenPrompts, judge, predict
@@ -91,6 +94,48 @@ def ablate_heads(
         raise InputError(f"kind {kind!r} is unknown: choose mean or zero")
     replacement = replacement.expand(len(pairs), *replacement.shape[1:])
     return _effects(model, pairs, pairs.clean, replacement, metric, None, progress)
+
+
+def attribute_heads(
+    model: LanguageModel,
+    pairs: TokenPairs,
+    *,
+    kind: Literal["patching", "importance"] = "patching",
+    metric: MetricName | None = None,
+) -> Float[Tensor, "pairs layers heads"]:
+    """What patching every head would change to first order: two forward passes and one backward for all of them.
+
+    Args:
+        model: a causal language model.
+        pairs: the task.
+        kind: ``patching``: attribution patching (Nanda 2023), the estimate of `patch_heads` by noising,
+            ``sum over positions of (z - z counterfactual) . gradient``. ``importance``: head importance (Michel et al.
+            2019, arXiv 1905.10650), ``|sum of z . gradient|``, the estimate of a zero ablation's size.
+        metric: of the clean prompts' answers; None takes the task's.
+
+    Raises:
+        InputError: an unknown kind or metric.
+    """
+    if kind not in ("patching", "importance"):
+        raise InputError(f"kind {kind!r} is unknown: choose patching or importance")
+    sites = [Site(layer, "heads") for layer in range(model.n_layers)]
+    found = torch.zeros(len(pairs), model.n_layers, model.n_heads, device=model.device)
+    at_once = max(1, _TOKENS_AT_ONCE // pairs.clean.input_ids.shape[1])
+    for start in range(0, len(pairs), at_once):
+        rows = slice(start, start + at_once)
+        prompts, other = pairs.clean.select(rows), pairs.counterfactual.select(rows)
+
+        def objective(logits: Tensor, prompts: TokenPrompts = prompts) -> Tensor:
+            at_end = logits[torch.arange(len(prompts), device=logits.device), prompts.positions["end"]].float()
+            return judge(at_end, prompts, metric or pairs.metric).sum()
+
+        clean = capture_with_gradients(model, sites, prompts.input_ids, objective, prompts.attention_mask)
+        instead = capture(model, sites, other.input_ids, other.attention_mask) if kind == "patching" else {}
+        for site, (outputs, gradients) in clean.items():
+            change = outputs - instead[site] if kind == "patching" else outputs
+            effect = (change * gradients).float().unflatten(-1, (model.n_heads, model.head_width)).sum((1, -1))
+            found[rows, site.layer] = effect.abs() if kind == "importance" else effect
+    return found
 
 
 def mean_outputs(model: LanguageModel, pairs: TokenPairs) -> Float[Tensor, "1 time layers heads width"]:
