@@ -13,6 +13,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from apportion.data.corpora import (
@@ -90,18 +91,20 @@ def labelled_texts(name: str, train: int, test: int, seed: int = 0) -> LabelledT
         InputError: no such set.
     """
     if name not in _SETS:
-        raise InputError(f"labelled texts {name!r} are unknown: choose of {', '.join(_SETS)}, or give files of your own")
+        raise InputError(
+            f"labelled texts {name!r} are unknown: choose of {', '.join(_SETS)}, or give files of your own"
+        )
     code, prose = _code_of, _prose_of
     sources: dict[str, Callable[[], Iterator[tuple[str, str]]]]
     if name == "kind":
-        sources = {"code": lambda: code("python"), "docstring": lambda: prose("python"), "manual": _manual}
+        sources = {"code": partial(code, "python"), "docstring": partial(prose, "python"), "manual": _manual}
     elif name == "library":
-        sources = {each: lambda each=each: prose(each) for each in ("python", *_LIBRARIES)}  # type: ignore[misc]
+        sources = {each: partial(prose, each) for each in ("python", *_LIBRARIES)}
     elif name == "module":
-        sources = {each: lambda each=each: code("python", each) for each in _MODULES}  # type: ignore[misc]
+        sources = {each: partial(code, "python", each) for each in _MODULES}
     else:
         kinds = {"handler": _handles, "raise": _raises, "loop": _loops}
-        sources = {each: lambda each=each: code("python", only=kinds[each]) for each in kinds}  # type: ignore[misc]
+        sources = {each: partial(code, "python", only=kinds[each]) for each in kinds}
     return _drawn(name, _SETS[name], sources, train, test, seed)
 
 
@@ -119,10 +122,10 @@ def crossed_texts(
     Returns:
         (library, ``code`` or ``prose``) -> texts, to train on and to test on.
     """
-    sources = {}
+    sources: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {}
     for library in first:
-        sources[f"{library}/code"] = lambda library=library: _code_of(library)  # type: ignore[misc]
-        sources[f"{library}/prose"] = lambda library=library: _prose_of(library)  # type: ignore[misc]
+        sources[f"{library}/code"] = partial(_code_of, library)
+        sources[f"{library}/prose"] = partial(_prose_of, library)
     drawn = _drawn("crossed", "two libraries in two kinds", sources, train, test, seed)
     parts = []
     for part in (drawn.train, drawn.test):
@@ -162,7 +165,9 @@ def read_labelled(path: Path | str, train: int, test: int, seed: int = 0) -> Lab
         by_class.setdefault(label, []).append((str(row.get("group", number)), text))
     if few := [label for label, texts in by_class.items() if len(texts) < 4]:
         raise InputError(f"{path}: class {few[0]!r} has fewer than 4 texts; leave it out or give more")
-    sources = {label: lambda texts=texts: iter(texts) for label, texts in by_class.items()}  # type: ignore[misc]
+    sources: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
+        label: partial(iter, texts) for label, texts in by_class.items()
+    }
     return _drawn(path.name, f"{len(by_class)} classes of {path.name}", sources, train, test, seed, cut=False)
 
 
@@ -203,7 +208,9 @@ def _files_of(library: str, module: str = "") -> Iterator[tuple[str, ast.Module]
         raise InputError(f"the package {library} is not installed, whose texts are asked for")
     files = python_files(library, root / module)
     if library == "python" and not module:
-        files = [(name, path) for name, path in files if not name.startswith(("python/pydoc_data/", "python/encodings/"))]
+        files = [
+            (name, path) for name, path in files if not name.startswith(("python/pydoc_data/", "python/encodings/"))
+        ]
     for name, path in sorted(files, key=lambda file: _hash(file[0])):
         try:
             with warnings.catch_warnings():

@@ -21,9 +21,9 @@ features or more; an undertrained dictionary, whose features say little about le
 because nothing is there to be absorbed): look at ``mean_k1_f1``, ours, and at the random dictionary beside it.
 
 The arithmetic of step 3 and the choice of main features give SAEBench's numbers on the same codes
-(``tests/features/suite/test_peers.py``). Ours: one set of examples for all words, so that its keys and values are computed
-once (SAEBench draws examples for each word); words with a leading space only; the letters' examples come from training words.
-Standard errors are over letters.
+(``tests/features/suite/test_peers.py``). Ours: one set of examples for all words, so that its keys and values are
+computed once (SAEBench draws examples for each word); words with a leading space only; the letters' examples come from
+training words. Standard errors are over letters.
 """
 
 import copy
@@ -36,6 +36,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apportion.features.evaluate import Metric
 from apportion.features.suite.probes import fit_multi_probe
 from apportion.features.suite.result import NotApplicable, SuiteResult, mean_metric
 from apportion.features.suite.units import RANDOM, DictionaryUnits, Subject, in_blocks
@@ -88,9 +89,7 @@ def evaluate_absorption(
     found = {}
     for name, units in (("", subject.dictionary()), (RANDOM, DictionaryUnits(subject.random_dictionary()))):
         codes = [_codes(units, x) for x in (train_x, test_x)]
-        found[name] = _letters(
-            codes, train_letters, test_letters, test_x, units.directions, weight, scores, good, seed
-        )
+        found[name] = _letters(codes, train_letters, test_letters, test_x, units.directions, weight, scores, good, seed)
     figures = {name: _figures(letters) for name, letters in found.items()}
     details = {
         "letters": {LETTERS[number]: letter for number, letter in found[""].items()},
@@ -133,9 +132,7 @@ def first_letter_words(
             by_letter.setdefault(LETTERS.index(word[0].lower()), []).append(token)
     enough = {letter: tokens for letter, tokens in by_letter.items() if len(tokens) >= 5}
     if len(enough) < _MIN_LETTERS:
-        raise NotApplicable(
-            f"the vocabulary of {lm.name} has words of one token for only {len(enough)} first letters"
-        )
+        raise NotApplicable(f"the vocabulary of {lm.name} has words of one token for only {len(enough)} first letters")
     parts: tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]] = ([], []), ([], [])
     for letter, tokens in sorted(enough.items()):
         random.Random(f"{seed} {letter}").shuffle(tokens)
@@ -150,7 +147,8 @@ def _prefix(lm: LanguageModel, ids: list[int], letters: Tensor, seed: int) -> li
     """Ten examples, of ten letters."""
     order = list(range(len(ids)))
     random.Random(f"examples {seed}").shuffle(order)
-    lines, used = [], set()
+    lines: list[str] = []
+    used = set()
     for place in order:
         letter = LETTERS[int(letters[place])].upper()
         if letter not in used and len(lines) < _EXAMPLES:
@@ -276,7 +274,7 @@ def _letters(
     return found
 
 
-def _figures(letters: dict[int, dict[str, float]]) -> dict:  # type: ignore[type-arg]
+def _figures(letters: dict[int, dict[str, float]]) -> dict[str, Metric]:
     what = {
         "mean_absorption_fraction_score": (
             "mean_absorption_fraction", "share of a word's letter that absorbing features carry, over words and letters"

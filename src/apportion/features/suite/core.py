@@ -17,16 +17,17 @@ With activation x, reconstruction x_hat, and three runs of the model: as it is, 
 | ``consistent_activation_heuristic`` | tokens on which a feature fires, by context in which it does; mean over features |
 
 **Where figures differ from SAEBench's, and why.** Equal to 1e-3 to ``sae_lens.evals`` on the same dictionary and tokens
-(``tests/features/suite/test_peers.py``), with these exceptions. SAEBench 0.6.0 centres ``explained_variance`` with the mean
-of *squared* activations and reports that (fixed in SAELens 6); ours is SAELens' formula. SAEBench divides ``mse`` by the
-number of tokens twice (fixed in SAELens 6). ``explained_variance_legacy`` and ``relative_reconstruction_bias`` depend on the batch
-there (the mean of each batch; the mean of the batches' ratios); here one mean and one ratio are over all tokens, and they
-are equal where all fits one batch. Tokens that the store left out (position 0, sinks) keep their activations and are not
-counted, also under zero ablation; SAELens zeroes them there too. SAEBench's per-feature figures are lists; here they are means.
+(``tests/features/suite/test_peers.py``), with these exceptions. SAEBench 0.6.0 centres ``explained_variance`` with the
+mean of *squared* activations and reports that (fixed in SAELens 6); ours is SAELens' formula. SAEBench divides ``mse``
+by the number of tokens twice (fixed in SAELens 6). ``explained_variance_legacy`` and ``relative_reconstruction_bias``
+depend on the batch there (the mean of each batch; the mean of the batches' ratios); here one mean and one ratio are
+over all tokens, and they are equal where all fits one batch. Tokens that the store left out (position 0, sinks) keep
+their activations and are not counted, also under zero ablation; SAELens zeroes them there too. SAEBench's per-feature
+figures are lists; here they are means.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -44,7 +45,16 @@ from apportion.models.families import base_of, finish_logits
 _CONTEXTS_AT_ONCE = 8
 # Logits of this many numbers at a time, for each of the runs that are compared.
 _LOGITS_AT_ONCE = 2**23
-_FROM_RECONSTRUCTION = ("explained_variance", "fvu", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias", "l0", "l1")
+_FROM_RECONSTRUCTION = (
+    "explained_variance",
+    "fvu",
+    "mse",
+    "cossim",
+    "l2_ratio",
+    "relative_reconstruction_bias",
+    "l0",
+    "l1",
+)
 
 
 def evaluate_core(
@@ -235,7 +245,7 @@ def _compare(
             losses[name].append(-other.gather(1, targets.unsqueeze(1))[:, 0].cpu()[counted])
 
 
-def _valid_batches(view: Contexts, contexts: int | None):  # type: ignore[no-untyped-def]
+def _valid_batches(view: Contexts, contexts: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of a few contexts at a time: ids, valid activations, the context and the document of each."""
     stop = view.n_contexts if contexts is None else min(contexts, view.n_contexts)
     for start in range(0, stop, 2 * _CONTEXTS_AT_ONCE):

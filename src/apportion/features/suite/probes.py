@@ -7,7 +7,6 @@
 | ``fit_multi_probe``: Adam, all classes at once, positives weighted up, learning rate decaying to 1e-5 | absorption |
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,24 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 
-def balanced(
-    by_class: dict[str, Float[Tensor, "_ units"]], positive: str, generator: torch.Generator
-) -> tuple[Float[Tensor, "texts units"], Bool[Tensor, "texts"]]:
-    """All texts of a class, and as many in all of the others, drawn evenly from them (one against the rest).
+def balanced_rows(sizes: dict[str, int], positive: str, generator: torch.Generator) -> dict[str, Int[Tensor, "_"]]:
+    """All texts of a class, and as many of the others, drawn evenly from them: one class against the rest.
+
+    Where the others together have fewer texts, all of them.
 
     Returns:
-        Values, positives first, and which rows are positive. Where the others together have fewer texts, all of them.
+        Class -> which of its texts.
     """
-    rows = balanced_rows({name: len(values) for name, values in by_class.items()}, positive, generator)
-    negatives = torch.cat([by_class[name][chosen] for name, chosen in rows.items() if name != positive])
-    values = torch.cat([by_class[positive], negatives])
-    return values, torch.arange(len(values)) < len(by_class[positive])
-
-
-def balanced_rows(
-    sizes: dict[str, int], positive: str, generator: torch.Generator
-) -> dict[str, Int[Tensor, "_"]]:
-    """Which texts of each class ``balanced`` takes."""
     wanted = sizes[positive]
     others = [name for name in sizes if name != positive]
     each = -(-wanted // len(others))
@@ -133,17 +122,20 @@ def fit_multi_probe(
     l1: float = 0.0,
     l2: float = 1e-6,
     epochs: int = 50,
-    batch: int = 4096,
+    batch: int | None = None,
     seed: int = 0,
-    before_each: Callable[[], None] = lambda: None,
 ) -> tuple[Float[Tensor, "classes units"], Float[Tensor, "classes"]]:
     """One probe a class against the rest, trained together by Adam from 0.01 to 1e-5, positives weighted up.
+
+    SAEBench's batch of 4,096 makes some twenty steps an epoch of the words of its large vocabularies; the default here is
+    what makes twenty steps of the words that there are (ours), at most 4,096.
 
     Returns:
         Weights and biases.
     """
     generator = torch.Generator().manual_seed(seed)
     values = values.float()
+    batch = max(1, min(4096, len(values) // 20)) if batch is None else batch
     targets = nn.functional.one_hot(labels.to(values.device), classes).float()
     positives = targets.sum(dim=0)
     balance = (len(targets) - positives) / positives.clamp(min=1)
@@ -155,7 +147,6 @@ def fit_multi_probe(
     optimizer = torch.optim.Adam([weight, bias], lr=0.01, weight_decay=l2)
     decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=float(np.exp(np.log(1e-5 / 0.01) / epochs)))
     for _ in range(epochs):
-        before_each()
         order = torch.randperm(len(values), generator=generator).to(values.device)
         for rows in order.split(batch):
             logits = values[rows] @ weight.T + bias

@@ -1,9 +1,10 @@
 """RAVEL: can one attribute of an entity be changed through the dictionary, and the others left alone?
 
-Huang et al. 2024, *RAVEL: Evaluating Interpretability Methods on Disentangling Language Model Representations* (arXiv 2402.17700), as
-in SAEBench (``sae_bench.evals.ravel``). A prompt asks for an attribute of an entity ("... Kyoto is in the country of"). For each
-attribute a binary mask over features is learned: on the last token of the base's entity, masked features get the source
-entity's values, the others keep the base's, and the decoded code, *without the error*, takes the activation's place.
+Huang et al. 2024, *RAVEL: Evaluating Interpretability Methods on Disentangling Language Model Representations* (arXiv
+2402.17700), as in SAEBench (``sae_bench.evals.ravel``). A prompt asks for an attribute of an entity ("... Kyoto is in
+the country of"). For each attribute a binary mask over features is learned: on the last token of the base's entity,
+masked features get the source entity's values, the others keep the base's, and the decoded code, *without the error*,
+takes the activation's place.
 
 | symbol | here |
 |---|---|
@@ -13,19 +14,21 @@ entity's values, the others keep the base's, and the decoded code, *without the 
 | ``isolation_score`` | share whose answer about another attribute is still the base's |
 | ``disentanglement_score`` | their mean |
 
-all averaged over attributes. The control ``activations`` learns a mask over the activation's dimensions, ``random dictionary``
-over random features. ``mean_num_masked`` (ours) is how many units the mask takes: masks are not bounded in size.
+all averaged over attributes. The control ``activations`` learns a mask over the activation's dimensions, ``random
+dictionary`` over random features. ``mean_num_masked`` (ours) is how many units the mask takes: masks are not bounded in
+size.
 
-Entities here are cities with country, continent and language (`apportion.data.facts`), each prompt with one example before
-it, and only pairs of city and attribute that the plain model answers count. SAEBench uses RAVEL's own entities (500, up to
-5,000 pairs an attribute) from a hub: levels are not comparable with its leaderboard; the mask's interpolation and training
-are (``tests/features/suite/test_peers.py``). No result where fewer than two attributes have eight known cities, or where
-exchanging the *whole* activation changes fewer than one answer in ten: then the site does not decide the answer, and what a
-dictionary does there says nothing about it (``whole_activation`` in the details). Standard errors are over attributes.
+Entities here are cities with country, continent and language (`apportion.data.facts`), each prompt with one example
+before it, and only pairs of city and attribute that the plain model answers count. SAEBench uses RAVEL's own entities
+(500, up to 5,000 pairs an attribute) from a hub: levels are not comparable with its leaderboard; the mask's
+interpolation and training are (``tests/features/suite/test_peers.py``). No result where fewer than two attributes have
+eight known cities, or where exchanging the *whole* activation changes fewer than one answer in ten: then the site does
+not decide the answer, and what a dictionary does there says nothing about it (``whole_activation`` in the details).
+Standard errors are over attributes.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -159,7 +162,9 @@ def _figures(scores: dict[str, tuple[float, float, int]]) -> dict[str, Metric]:
                 "mean of cause_score and isolation_score",
             ),
             mean_metric("cause_score", [each[0] for each in found], "answers that became the source's, as they should"),
-            mean_metric("isolation_score", [each[1] for each in found], "answers that stayed the base's, as they should"),
+            mean_metric(
+                "isolation_score", [each[1] for each in found], "answers that stayed the base's, as they should"
+            ),
             mean_metric("mean_num_masked", [each[2] for each in found], "units that the mask exchanges"),
         )
     }
@@ -180,8 +185,8 @@ def known_prompts(lm: LanguageModel) -> list[Prompt]:
             asked.append(Prompt(attribute, city, ids, position, facts[attribute], answer[0], length))
     right = [False] * len(asked)
     for rows in _alike(asked):
-        ids = torch.tensor([asked[row].ids for row in rows], device=lm.device)
-        for row, said in zip(rows, _answers(lm, ids, max(asked[row].length for row in rows)), strict=True):
+        asking = torch.tensor([asked[row].ids for row in rows], device=lm.device)
+        for row, said in zip(rows, _answers(lm, asking, max(asked[row].length for row in rows)), strict=True):
             right[row] = answers_with(said, asked[row].answer)
     return [prompt for prompt, known in zip(asked, right, strict=True) if known]
 
@@ -305,7 +310,7 @@ def learned_mask(
     return theta.detach()
 
 
-def _put(changed: Float[Tensor, "rows d"], positions: list[int]):  # type: ignore[no-untyped-def]
+def _put(changed: Float[Tensor, "rows d"], positions: list[int]) -> Callable[[Tensor], Tensor]:
     def replace(activations: Tensor) -> Tensor:
         if activations.shape[1] == 1:
             # A step of generation: the prompt, already changed, is in the cache.

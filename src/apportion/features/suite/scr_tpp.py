@@ -1,8 +1,8 @@
 """SCR and TPP: does ablating the features of one concept remove that concept, and only that?
 
-Karvonen et al. 2024, *Evaluating Sparse Autoencoders on Targeted Concept Erasure Tasks* (arXiv 2411.18895), as in SAEBench
-(``sae_bench.evals.scr_and_tpp``). Probes are linear, on activations averaged over a text's tokens (AdamW, learning rate 1e-3,
-L1 1e-3, batches of 16, 20 epochs). The effect of feature j on probe p is
+Karvonen et al. 2024, *Evaluating Sparse Autoencoders on Targeted Concept Erasure Tasks* (arXiv 2411.18895), as in
+SAEBench (``sae_bench.evals.scr_and_tpp``). Probes are linear, on activations averaged over a text's tokens (AdamW,
+learning rate 1e-3, L1 1e-3, batches of 16, 20 epochs). The effect of feature j on probe p is
 
 ``e_j = (mean code on positives - mean code on negatives)_j * (u_j . w_p)``,
 
@@ -11,14 +11,14 @@ dictionary's error is kept, and the probes judge the texts again, for N in 2, 5,
 
 **SCR** (spurious correlation removal). A probe is trained where two properties always go together (numpy's code against
 scikit-learn's prose); ablating the features of the one property should make it a probe for the other:
-``scr_metric_threshold_N = (acc_ablated - acc_biased) / (acc_clean - acc_biased)``, 0 where the denominator is below 0.001, in
-the direction in which the biased probe is the worse one. 1 is perfect; it can be negative.
+``scr_metric_threshold_N = (acc_ablated - acc_biased) / (acc_clean - acc_biased)``, 0 where the denominator is below
+0.001, in the direction in which the biased probe is the worse one. 1 is perfect; it can be negative.
 
 **TPP** (targeted probe perturbation). Ablating class i's features should hurt class i's probe alone:
 ``tpp_threshold_N_total_metric = mean_i [(acc_i - acc_i|i) - mean_{j != i} (acc_j - acc_j|i)]``.
 
-Since the probe is linear in the mean and the dictionary's decoder is affine, the mean of the ablated activations is the mean
-activation less ``mean codes[S] @ directions[S]``: no token is decoded. The arithmetic of effects, ablations and
+Since the probe is linear in the mean and the dictionary's decoder is affine, the mean of the ablated activations is the
+mean activation less ``mean codes[S] @ directions[S]``: no token is decoded. The arithmetic of effects, ablations and
 scores is compared with SAEBench's own functions in ``tests/features/suite/test_peers.py``; the texts are ours (see
 `apportion.data.labelled`), so levels are not comparable with its leaderboard. For the control ``activations`` units are
 dimensions of the activation. Standard errors are over classes (TPP) and over pairs of libraries (SCR).
@@ -35,11 +35,10 @@ from apportion.features.evaluate import Metric
 from apportion.features.suite.probes import LinearProbe, balanced_rows
 from apportion.features.suite.result import NotApplicable, SuiteResult, mean_metric
 from apportion.features.suite.sparse_probing import one_against_rest, pooled_by_class
-from apportion.features.suite.units import ActivationUnits, Subject, Units
+from apportion.features.suite.units import ACTIVATIONS, Subject, Units
 
 THRESHOLDS = (2, 5, 10, 20, 50, 100, 500)
 PAIRS = (("numpy", "sklearn"), ("python", "scipy"))
-_RAW = "raw"
 
 
 def effects(
@@ -77,9 +76,7 @@ def scr_score(clean: float, biased: float, after: float) -> float:
     return 0.0 if clean - biased < 0.001 else (after - biased) / (clean - biased)
 
 
-def tpp_scores(
-    clean: dict[str, float], after: dict[str, dict[str, float]]
-) -> dict[str, tuple[float, float, float]]:
+def tpp_scores(clean: dict[str, float], after: dict[str, dict[str, float]]) -> dict[str, tuple[float, float, float]]:
     """Class -> the total metric, the intended part and the unintended part.
 
     Args:
@@ -147,8 +144,7 @@ def _tpp_of_set(
     seed: int,
     per_class: dict[str, dict[int, list[tuple[float, float, float]]]],
 ) -> dict[str, float]:
-    every: dict[str, Units] = {**units, _RAW: ActivationUnits(subject.sae.d_in, subject.device)}
-    train, test = (pooled_by_class(subject, part, every, context) for part in (texts.train, texts.test))
+    train, test = (pooled_by_class(subject, part, units, context) for part in (texts.train, texts.test))
     rows = {
         name: [
             balanced_rows({each: len(part[each]) for each in part}, name, torch.Generator().manual_seed(seed + place))
@@ -158,8 +154,8 @@ def _tpp_of_set(
     }
     probes, clean = {}, {}
     for name in texts.classes:
-        fitted_on = one_against_rest(train[_RAW], name, rows[name][0])
-        judged_on = one_against_rest(test[_RAW], name, rows[name][1])
+        fitted_on = one_against_rest(train[ACTIVATIONS], name, rows[name][0])
+        judged_on = one_against_rest(test[ACTIVATIONS], name, rows[name][1])
         probes[name] = _probe(fitted_on, judged_on, seed)
         clean[name] = probes[name].accuracy(*judged_on)
     for unit in units:
@@ -173,7 +169,8 @@ def _tpp_of_set(
             for name in texts.classes:
                 chosen = strongest(found[name], n)
                 changed = {
-                    each: ablated(test[_RAW][each], test[unit][each], directions, chosen) for each in texts.classes
+                    each: ablated(test[ACTIVATIONS][each], test[unit][each], directions, chosen)
+                    for each in texts.classes
                 }
                 after[name] = {
                     each: probes[each].accuracy(*one_against_rest(changed, each, rows[each][1]))
@@ -244,9 +241,8 @@ def _scr_of_pair(
     seed: int,
     scores: dict[str, dict[str, list[float]]],
 ) -> dict[str, float]:
-    every: dict[str, Units] = {**units, _RAW: ActivationUnits(subject.sae.d_in, subject.device)}
     train, test = (
-        pooled_by_class(subject, {"/".join(cell): texts for cell, texts in part.items()}, every, context)
+        pooled_by_class(subject, {"/".join(cell): texts for cell, texts in part.items()}, units, context)
         for part in drawn
     )
     a, b = pair
@@ -255,12 +251,12 @@ def _scr_of_pair(
     kind = ([f"{a}/code", f"{b}/code"], [f"{a}/prose", f"{b}/prose"])
     biased = ([f"{a}/code"], [f"{b}/prose"])
     probes = {
-        name: _probe(_of_cells(train[_RAW], cells), _of_cells(test[_RAW], cells), seed)
+        name: _probe(_of_cells(train[ACTIVATIONS], cells), _of_cells(test[ACTIVATIONS], cells), seed)
         for name, cells in (("library", library), ("kind", kind), ("biased", biased))
     }
     judged = {"library": library, "kind": kind}
-    clean = {name: probes[name].accuracy(*_of_cells(test[_RAW], cells)) for name, cells in judged.items()}
-    before = {name: probes["biased"].accuracy(*_of_cells(test[_RAW], cells)) for name, cells in judged.items()}
+    clean = {name: probes[name].accuracy(*_of_cells(test[ACTIVATIONS], cells)) for name, cells in judged.items()}
+    before = {name: probes["biased"].accuracy(*_of_cells(test[ACTIVATIONS], cells)) for name, cells in judged.items()}
     worse = "library" if before["library"] < before["kind"] else "kind"
     for unit in units:
         directions = units[unit].directions
@@ -270,7 +266,8 @@ def _scr_of_pair(
             for n in thresholds:
                 chosen = strongest(found, n)
                 changed = {
-                    cell: ablated(test[_RAW][cell], test[unit][cell], directions, chosen) for cell in test[_RAW]
+                    cell: ablated(test[ACTIVATIONS][cell], test[unit][cell], directions, chosen)
+                    for cell in test[ACTIVATIONS]
                 }
                 after = probes["biased"].accuracy(*_of_cells(changed, judged[kept]))
                 score = scr_score(clean[kept], before[kept], after)

@@ -1,9 +1,9 @@
 """Sparse probing: does a concept have a feature of its own? Probes that may look at k units only.
 
-Gurnee et al. 2023, *Finding Neurons in a Haystack* (arXiv 2305.01610), as in SAEBench (``sae_bench.evals.sparse_probing``):
-values are averaged over a text's tokens; for each class against the rest the k units with the largest |mean on positives -
-mean on negatives| of the training texts are chosen, a logistic regression is fitted on them, and its accuracy on test
-texts reported, averaged over the classes of a set and then over sets.
+Gurnee et al. 2023, *Finding Neurons in a Haystack* (arXiv 2305.01610), as in SAEBench
+(``sae_bench.evals.sparse_probing``): values are averaged over a text's tokens; for each class against the rest the k
+units with the largest |mean on positives - mean on negatives| of the training texts are chosen, a logistic regression
+is fitted on them, and its accuracy on test texts reported, averaged over the classes of a set and then over sets.
 
 | figure | units |
 |---|---|
@@ -14,10 +14,11 @@ texts reported, averaged over the classes of a set and then over sets.
 
 Chance is 0.5. Selection, probe and averages are those of SAEBench and give the same numbers on the same pooled values
 (``tests/features/suite/test_peers.py``); its texts come from a hub (professions, reviews, languages, code, news; 4,000
-to train on and 1,000 to test on, 128 tokens each), ours from the installation (`apportion.data.labelled`) unless you bring
-your own, so the level of the figures is not comparable with its leaderboard. Standard errors are over classes.
+to train on and 1,000 to test on, 128 tokens each), ours from the installation (`apportion.data.labelled`) unless you
+bring your own, so the level of the figures is not comparable with its leaderboard. Standard errors are over classes.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -27,9 +28,11 @@ from apportion.data.labelled import LABELLED_SETS, LabelledTexts, labelled_texts
 from apportion.features.evaluate import Metric
 from apportion.features.suite.probes import LinearProbe, balanced_rows, best_by_mean_difference, logistic_accuracy
 from apportion.features.suite.result import SuiteResult, mean_metric
-from apportion.features.suite.units import ACTIVATIONS, RANDOM, Subject, pooled
+from apportion.features.suite.units import ACTIVATIONS, RANDOM, Subject, Units, pooled
 
 KS = (1, 2, 5)
+# Pooled values of that many numbers are kept for TPP, which may ask for the same texts: 256 MiB.
+_KEPT = 2**26
 
 
 def evaluate_sparse_probing(
@@ -63,7 +66,8 @@ def evaluate_sparse_probing(
         by_set[each.name] = _one_set(subject, each, units, ks, context, full_probes, seed)
     names = [f"top_{k}" for k in ks] + (["full"] if full_probes else [])
     found = {
-        unit: {name: _over_sets(by_set, unit, name, len(subject.sae.decoder_weight)) for name in names} for unit in units
+        unit: {name: _over_sets(by_set, unit, name, len(subject.sae.decoder_weight)) for name in names}
+        for unit in units
     }
     own = {_figure("sae", name): _renamed(found[""][name], _figure("sae", name)) for name in names}
     own |= {_figure("llm", name): _renamed(found[ACTIVATIONS][name], _figure("llm", name)) for name in names}
@@ -90,7 +94,9 @@ def _renamed(metric: Metric, name: str) -> Metric:
 
 def _over_sets(by_set: dict[str, dict[str, dict[str, float]]], unit: str, name: str, features: int) -> Metric:
     """The mean over sets of the mean over classes; the error is over classes, each with the weight it has in the mean."""
-    per_set = [list(classes.values()) for found in by_set.values() if (classes := found[f"{unit or 'features'} {name}"])]
+    per_set = [
+        list(classes.values()) for found in by_set.values() if (classes := found[f"{unit or 'features'} {name}"])
+    ]
     what = "all units" if name == "full" else f"the {name.removeprefix('top_')} best units"
     definition = f"test accuracy of one-against-rest probes on {what}, over classes and sets; chance is 0.5"
     flat = [value for values in per_set for value in values]
@@ -101,7 +107,7 @@ def _over_sets(by_set: dict[str, dict[str, dict[str, float]]], unit: str, name: 
 def _one_set(
     subject: Subject,
     texts: LabelledTexts,
-    units: dict,  # type: ignore[type-arg]
+    units: dict[str, Units],
     ks: Sequence[int],
     context: int,
     full_probes: bool,
@@ -130,21 +136,23 @@ def _one_set(
 def pooled_by_class(
     subject: Subject,
     texts: dict[str, list[str]],
-    units: dict,  # type: ignore[type-arg]
+    units: dict[str, Units],
     context: int,
 ) -> dict[str, dict[str, Tensor]]:
-    """Units -> class -> mean values of its texts."""
+    """Units -> class -> mean values of its texts; texts that were pooled before are not run again."""
     flat = [text for each in texts.values() for text in each]
-    _, values = pooled(subject.lm, subject.site, flat, list(units.values()), context)
+    digest = hashlib.sha256("\0".join(flat).encode("utf-8", "surrogatepass")).hexdigest()
+    key = ("pooled", digest, context, *units)
+    values = subject.made.get(key)
+    if values is None:
+        _, values = pooled(subject.lm, subject.site, flat, list(units.values()), context)
+        if sum(value.numel() for value in values) <= _KEPT:
+            subject.made[key] = values
     sizes = [len(each) for each in texts.values()]
-    return {
-        unit: dict(zip(texts, value.split(sizes), strict=True)) for unit, value in zip(units, values, strict=True)
-    }
+    return {unit: dict(zip(texts, value.split(sizes), strict=True)) for unit, value in zip(units, values, strict=True)}
 
 
-def one_against_rest(
-    by_class: dict[str, Tensor], positive: str, rows: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def one_against_rest(by_class: dict[str, Tensor], positive: str, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Values of the chosen texts, the positive class first, and which are positive."""
     others = [by_class[name][row] for name, row in rows.items() if name != positive]
     values = torch.cat([by_class[positive][rows[positive]], *others])

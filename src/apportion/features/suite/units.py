@@ -1,13 +1,14 @@
 """What the suite takes apart: a dictionary's features, or the dimensions of the activation itself.
 
 Every evaluation asks the same of both: how strongly each unit is on (``encode``), and which direction it adds
-(``directions``). A dictionary of apportion is affine behind its codes, so that setting codes to other values and keeping
-the reconstruction error changes an activation by exactly ``(new codes - codes) @ directions``; nothing has to be decoded.
+(``directions``). A dictionary of apportion is affine behind its codes, so that setting codes to other values and
+keeping the reconstruction error changes an activation by exactly ``(new codes - codes) @ directions``; nothing has to
+be decoded.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -24,6 +25,7 @@ _DENSE_AT_ONCE = 2**25
 RANDOM, ACTIVATIONS = "random dictionary", "activations"
 
 
+@runtime_checkable
 class Units(Protocol):
     """Things in an activation that can be on or off, each with a direction."""
 
@@ -106,6 +108,7 @@ class Subject:
         sae: the dictionary.
         sample: activations there, [tokens, d]; the random dictionary gets its scale and its thresholds from them.
         seed: of the random dictionary.
+        made: what evaluations have computed of it that others may use.
 
     Raises:
         InputError: the dictionary's width is not that of the site.
@@ -116,12 +119,14 @@ class Subject:
     sae: SparseAutoencoder
     sample: Float[Tensor, "tokens d"]
     seed: int = 0
-    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         width = self.site.width(self.lm)
         if self.sae.d_in != width:
-            raise InputError(f"the dictionary takes width {self.sae.d_in}, but {self.site} of {self.lm.name} has {width}")
+            raise InputError(
+                f"the dictionary takes width {self.sae.d_in}, but {self.site} of {self.lm.name} has {width}"
+            )
         self.sae.eval()
 
     @property
@@ -140,9 +145,9 @@ class Subject:
 
     def random_dictionary(self) -> SparseAutoencoder:
         """Random unit directions for encoder and decoder, with the dictionary's number of features and mean L0."""
-        if "random" not in self._made:
-            self._made["random"] = random_dictionary(self.sae, self.sample, self.seed)
-        made: SparseAutoencoder = self._made["random"]
+        if "random" not in self.made:
+            self.made["random"] = random_dictionary(self.sae, self.sample, self.seed)
+        made: SparseAutoencoder = self.made["random"]
         return made
 
     def units(self) -> dict[str, Units]:
@@ -155,9 +160,7 @@ class Subject:
 
 
 @torch.no_grad()
-def random_dictionary(
-    sae: SparseAutoencoder, sample: Float[Tensor, "tokens d"], seed: int = 0
-) -> SparseAutoencoder:
+def random_dictionary(sae: SparseAutoencoder, sample: Float[Tensor, "tokens d"], seed: int = 0) -> SparseAutoencoder:
     """The control: random unit directions (encoder and decoder the same), scaled and calibrated on ``sample``.
 
     It has as many features as ``sae`` and spends as many a token on ``sample``, on average, whatever the rule of

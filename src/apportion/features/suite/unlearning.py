@@ -1,7 +1,7 @@
 """Unlearning: can knowledge be taken away by clamping a few features, and everything else be kept?
 
-Farrell et al. 2024, *Applying Sparse Autoencoders to Unlearn Knowledge in Language Models* (arXiv 2410.19278), as in SAEBench
-(``sae_bench.evals.unlearning``):
+Farrell et al. 2024, *Applying Sparse Autoencoders to Unlearn Knowledge in Language Models* (arXiv 2410.19278), as in
+SAEBench (``sae_bench.evals.unlearning``):
 
 1. Firing rates of all features on text to forget and on text to retain. Features that fire on fewer than 0.001 (0.01) of the
    retained tokens are ranked by their rate on the text to forget; those that never fire there are no candidates.
@@ -9,18 +9,19 @@ Farrell et al. 2024, *Applying Sparse Autoencoders to Unlearn Knowledge in Langu
 3. Accuracy on questions about what is to be forgotten, and on questions about other things (side effects), both only among
    questions that the plain model answers right, so that it starts at 1.
 
-``unlearning_score`` = 1 - the least accuracy on the first kind among settings whose side-effect accuracy is at least 0.99; 0
-where there is none. Higher is better. Clamped values are in units of activations (decoder rows of unit length), as there.
+``unlearning_score`` = 1 - the least accuracy on the first kind among settings whose side-effect accuracy is at least
+0.99; 0 where there is none. Higher is better. Clamped values are in units of activations (decoder rows of unit length),
+as there.
 
 SAEBench's data (WMDP-bio, MMLU, WikiText) are on a hub: bring them with ``--unlearning-data`` (a folder, see
-``read_unlearning_data``, or ``hf``). Without it a stand-in is made on the spot: sentences and questions about cities to forget, the
-packaged English text to retain, questions about opposites, sequences, animals and colours for side effects
-(`apportion.data.facts`). Its questions are answered by the likeliest of four continuations, not by a letter, which models of
-SmolLM2's size cannot name. There is no result where the model knows fewer than ten questions of either kind, or answers no more
-of the first kind than half way between chance and all: the measured accuracies are in the reason. The choice of features
-and the score are those of SAEBench (``tests/features/suite/test_peers.py``); levels on the stand-in are not comparable with its
-leaderboard. The activations' own dimensions are no control here (each of them is on at every token); the random
-dictionary is. The standard error is that of a share of the forget questions.
+``read_unlearning_data``, or ``hf``). Without it a stand-in is made on the spot: sentences and questions about cities to
+forget, the packaged English text to retain, questions about opposites, sequences, animals and colours for side effects
+(`apportion.data.facts`). Its questions are answered by the likeliest of four continuations, not by a letter, which
+models of SmolLM2's size cannot name. There is no result where the model knows fewer than ten questions of either kind,
+or answers no more of the first kind than half way between chance and all: the measured accuracies are in the reason.
+The choice of features and the score are those of SAEBench (``tests/features/suite/test_peers.py``); levels on the
+stand-in are not comparable with its leaderboard. The activations' own dimensions are no control here (each of them is
+on at every token); the random dictionary is. The standard error is that of a share of the forget questions.
 """
 
 import json
@@ -121,9 +122,7 @@ def evaluate_unlearning(
     found = {}
     for name, sae in (("", subject.sae), (RANDOM, subject.random_dictionary())):
         rates = [firing_rates(subject, sae, texts) for texts in (data.forget, data.retain)]
-        found[name] = _settings(
-            subject, sae, rates, known, data.letters, retain_thresholds, n_features, multipliers
-        )
+        found[name] = _settings(subject, sae, rates, known, data.letters, retain_thresholds, n_features, multipliers)
     figures = {name: _figures(rows, len(known[0])) for name, rows in found.items()}
     return SuiteResult(
         "unlearning",
@@ -200,7 +199,7 @@ def _settings(
     # Codes are in units of scaled activations.
     scale = float(sae.input_scale)
     for threshold in retain_thresholds:
-        ranked = chosen_features(*rates, threshold)
+        ranked = chosen_features(rates[0], rates[1], threshold)
         for n in n_features:
             features = ranked[:n]
             for multiplier in multipliers:
@@ -281,10 +280,12 @@ def read_unlearning_data(source: Path | str) -> UnlearningData:
     """Data of one's own, or SAEBench's from the hub.
 
     Args:
-        source: a folder with ``forget.txt`` and ``retain.txt`` (texts separated by blank lines) and ``questions.jsonl``, whose
-            lines have ``question``, ``choices`` (a list), ``answer`` (its index) and ``about`` (``forget`` or ``retain``); or ``hf``:
-            WMDP-bio against subsets of MMLU, and WMDP's retain corpus and WikiText (needs the package ``datasets``, a network and, for
-            the forget corpus, permission: without that the questions themselves are the text to forget, which is ours).
+        source: a folder with ``forget.txt`` and ``retain.txt`` (texts separated by blank lines) and
+            ``questions.jsonl``, whose
+            lines have ``question``, ``choices`` (a list), ``answer`` (its index) and ``about`` (``forget`` or
+            ``retain``); or ``hf``: WMDP-bio against subsets of MMLU, and WMDP's retain corpus and WikiText (needs the
+            package ``datasets``, a network and, for the forget corpus, permission: without that the questions
+            themselves are the text to forget, which is ours).
 
     Raises:
         InputError: a file is missing or a line is not as described; the hub cannot be asked.
@@ -324,9 +325,13 @@ def _questions(path: Path) -> Iterator[tuple[str, Question]]:
             about, choices, answer = row["about"], tuple(map(str, row["choices"])), int(row["answer"])
             question = Question(about, str(row["question"]), choices, answer)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path}, line {number}: {type(error).__name__}: {error}; see the documentation") from error
+            raise InputError(
+                f"{path}, line {number}: {type(error).__name__}: {error}; see the documentation"
+            ) from error
         if about not in ("forget", "retain") or not 2 <= len(choices) <= 8 or not 0 <= answer < len(choices):
-            raise InputError(f"{path}, line {number}: about is forget or retain, 2 to 8 choices, answer is an index of them")
+            raise InputError(
+                f"{path}, line {number}: about is forget or retain, 2 to 8 choices, answer is an index of them"
+            )
         yield about, question
 
 
