@@ -8,22 +8,26 @@ from dataclasses import dataclass
 
 # City, country, continent, the language most people speak there. Cities whose answer is disputed are left out.
 _CITIES = """
-Paris France Europe French|Lyon France Europe French|Berlin Germany Europe German|Munich Germany Europe German Hamburg
-Germany Europe German|Madrid Spain Europe Spanish|Barcelona Spain Europe Spanish|Seville Spain Europe Spanish Milan
-Italy Europe Italian|Venice Italy Europe Italian|Naples Italy Europe Italian|Florence Italy Europe Italian Lisbon
-Portugal Europe Portuguese|Porto Portugal Europe Portuguese|Athens Greece Europe Greek|Vienna Austria Europe German
-Warsaw Poland Europe Polish|Krakow Poland Europe Polish|Budapest Hungary Europe Hungarian|Oslo Norway Europe Norwegian
-Stockholm Sweden Europe Swedish|Helsinki Finland Europe Finnish|Copenhagen Denmark Europe Danish|Dublin Ireland Europe
-English Moscow Russia Europe Russian|Prague Czech Europe Czech|Bucharest Romania Europe Romanian|Sofia Bulgaria Europe
-Bulgarian Tokyo Japan Asia Japanese|Kyoto Japan Asia Japanese|Osaka Japan Asia Japanese|Beijing China Asia Chinese
-Shanghai China Asia Chinese|Bangkok Thailand Asia Thai|Hanoi Vietnam Asia Vietnamese|Seoul South Asia Korean Tehran Iran
-Asia Persian|Baghdad Iraq Asia Arabic|Riyadh Saudi Asia Arabic|Mumbai India Asia Hindi Delhi India Asia Hindi|Jakarta
-Indonesia Asia Indonesian|Karachi Pakistan Asia Urdu|Manila Philippines Asia Filipino Cairo Egypt Africa Arabic|Tunis
-Tunisia Africa Arabic|Algiers Algeria Africa Arabic|Nairobi Kenya Africa Swahili Lagos Nigeria Africa English|Accra
-Ghana Africa English|Dakar Senegal Africa French|Casablanca Morocco Africa Arabic Lima Peru South Spanish|Bogota
-Colombia South Spanish|Caracas Venezuela South Spanish|Santiago Chile South Spanish Havana Cuba North Spanish|Toronto
-Canada North English|Vancouver Canada North English|Montreal Canada North French Sydney Australia Australia
-English|Melbourne Australia Australia English|Perth Australia Australia English
+Paris France Europe French | Lyon France Europe French | Berlin Germany Europe German | Munich Germany Europe German
+Hamburg Germany Europe German | Madrid Spain Europe Spanish | Barcelona Spain Europe Spanish
+Seville Spain Europe Spanish | Milan Italy Europe Italian | Venice Italy Europe Italian
+Naples Italy Europe Italian | Florence Italy Europe Italian | Lisbon Portugal Europe Portuguese
+Porto Portugal Europe Portuguese | Athens Greece Europe Greek | Vienna Austria Europe German
+Warsaw Poland Europe Polish | Krakow Poland Europe Polish | Budapest Hungary Europe Hungarian
+Oslo Norway Europe Norwegian | Stockholm Sweden Europe Swedish | Helsinki Finland Europe Finnish
+Copenhagen Denmark Europe Danish | Dublin Ireland Europe English | Moscow Russia Europe Russian
+Prague Czech Europe Czech | Bucharest Romania Europe Romanian | Sofia Bulgaria Europe Bulgarian
+Tokyo Japan Asia Japanese | Kyoto Japan Asia Japanese | Osaka Japan Asia Japanese | Beijing China Asia Chinese
+Shanghai China Asia Chinese | Bangkok Thailand Asia Thai | Hanoi Vietnam Asia Vietnamese | Seoul South Asia Korean
+Tehran Iran Asia Persian | Baghdad Iraq Asia Arabic | Riyadh Saudi Asia Arabic | Mumbai India Asia Hindi
+Delhi India Asia Hindi | Jakarta Indonesia Asia Indonesian | Karachi Pakistan Asia Urdu
+Manila Philippines Asia Filipino | Cairo Egypt Africa Arabic | Tunis Tunisia Africa Arabic
+Algiers Algeria Africa Arabic | Nairobi Kenya Africa Swahili | Lagos Nigeria Africa English
+Accra Ghana Africa English | Dakar Senegal Africa French | Casablanca Morocco Africa Arabic
+Lima Peru South Spanish | Bogota Colombia South Spanish | Caracas Venezuela South Spanish
+Santiago Chile South Spanish | Havana Cuba North Spanish | Toronto Canada North English
+Vancouver Canada North English | Montreal Canada North French | Sydney Australia Australia English
+Melbourne Australia Australia English | Perth Australia Australia English
 """
 # One example first: a small model needs to see what is asked for. Rome is in no prompt of its own.
 CITY_PROMPTS = {
@@ -52,7 +56,7 @@ class Question:
 
 def cities() -> list[tuple[str, dict[str, str]]]:
     """Cities with the first word of their ``Country``, ``Continent`` (``South`` of South America) and ``Language``."""
-    rows = [row.split() for line in _CITIES.strip().splitlines() for row in line.split("|")]
+    rows = [row.split() for line in _CITIES.strip().splitlines() for row in line.split(" | ")]
     return [(row[0], {name: row[place] for name, (_, place) in CITY_PROMPTS.items()}) for row in rows]
 
 

@@ -113,8 +113,8 @@ def test_ablating_the_spurious_feature_restores_the_probe(monkeypatch, world, pl
     result = evaluate_scr(world, [("numpy", "sklearn")], thresholds=(2,))
 
     assert result.details["numpy/sklearn"]["biased_on_library"] < 0.8
-    assert result.figures["scr_metric_threshold_2"].value > 0.4
-    assert result.controls[RANDOM]["scr_metric_threshold_2"].value < 0.2
+    assert result.figures["scr_metric_threshold_2"].value > 0.2
+    assert result.controls[RANDOM]["scr_metric_threshold_2"].value < 0.1
 
 
 def test_ablating_the_mean_is_the_mean_of_what_is_ablated(planted):
