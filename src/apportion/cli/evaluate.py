@@ -28,7 +28,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="SAEBench's evaluations instead: all, or some of core,sparse_probing,scr,tpp,ravel,absorption,unlearning.",
+            help="SAEBench's evaluations instead: all, or some of core,sparse_probing,scr,tpp,ravel,absorption,"
+            "unlearning.",
             show_default=False,
             rich_help_panel=_SUITE,
         ),

@@ -157,6 +157,11 @@ def _code() -> Iterator[Document]:
 
 
 def standard_library() -> Path:
+    """Where the sources of Python's own library are.
+
+    Raises:
+        InputError: they are not where they should be.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "argparse.py").exists():
         raise InputError(f"the standard library's sources are not in {root}: give files of your own with --text")
@@ -164,11 +169,13 @@ def standard_library() -> Path:
 
 
 def folder_of_package(name: str) -> Path | None:
+    """Where an installed package is, or None."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
 def python_files(package: str, root: Path) -> list[tuple[str, Path]]:
+    """Names and paths of the Python files below a folder, without tests."""
     paths = ((path.relative_to(root), path) for path in root.rglob("*.py"))
     return [
         (f"{package}/{short.as_posix()}", path) for short, path in paths if not _NOT_ORDINARY_CODE & set(short.parts)
@@ -196,6 +203,7 @@ def _docstrings(name: str, path: Path) -> Iterator[Document]:
 
 
 def docstrings_in(node: ast.AST, qualified_name: str) -> Iterator[tuple[str, str]]:
+    """Qualified names and docstrings of a parsed module and all that is in it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node)
         if docstring:

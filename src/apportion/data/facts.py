@@ -79,13 +79,13 @@ _EVERYDAY = {
     ),
     "colours": (
         "The color of snow is white. The color of {} is",
-        "grass green|blood red|coal black|the sky blue|a banana yellow|an orange orange|chocolate brown|milk white",
+        "grass green|blood red|coal black|the sky blue|a banana yellow|a tomato red|chocolate brown|milk white",
     ),
 }
 
 
 def everyday_questions(choices: int = 4) -> list[Question]:
-    """Questions about opposites, sequences, young animals and colours; wrong choices are answers of the same subject."""
+    """Questions about opposites, sequences, animals and colours; wrong choices are answers of the same subject."""
     found = []
     for subject, (prompt, pairs) in _EVERYDAY.items():
         rows = [pair.rsplit(" ", 1) for pair in pairs.split("|")]

@@ -1,8 +1,8 @@
 """Run by the interpreter that has SAELens, and SAEBench in the folder that APPORTION_SAE_BENCH names.
 
-``peer_evaluations.py FOLDER``: reads what the test put there and writes ``saelens.json`` and ``saebench.json``: what the
-functions of those libraries make of it. Their functions run as they are; only the models and stores that they expect of
-TransformerLens are stood in for.
+``peer_evaluations.py FOLDER``: reads what the test put there and writes ``saelens.json`` and ``saebench.json``: what
+the functions of those libraries make of it. Their functions run as they are; only the models and stores that they
+expect of TransformerLens are stood in for.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ overlay = os.environ.get("APPORTION_SAE_BENCH")
 if overlay:
     sys.path.append(overlay)
 
-import torch
-from safetensors.torch import load_file
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 HOOK = "blocks.1.hook_resid_post"
 

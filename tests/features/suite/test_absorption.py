@@ -13,7 +13,7 @@ LETTERS = 22
 
 @pytest.fixture
 def words(monkeypatch, subject, planted):
-    """Letter i is dimension i. Its own feature misses every fourth word, whose own feature (i + LETTERS) says it instead."""
+    """Letter i is dimension i. It misses every fourth word, whose own feature (i + LETTERS) says it instead."""
     draw = torch.Generator().manual_seed(0)
     axes = torch.zeros(2 * LETTERS, 64)
     for letter in range(LETTERS):

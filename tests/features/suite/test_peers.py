@@ -1,8 +1,8 @@
-"""The suite's figures beside those that SAELens' and SAEBench's own functions compute of the same dictionary and tokens.
+"""The suite's figures beside those that SAELens' and SAEBench's own functions compute of the same inputs.
 
 SAELens is found as in ``test_formats.py``. SAEBench pins numpy below 2 and datasets below 4, so it cannot share an
-environment with apportion: install it beside, ``pip install --no-deps --target DIR sae-bench tabulate seaborn plotly openai
-sae-probes collectibles``, and name DIR in APPORTION_SAE_BENCH.
+environment with apportion: install it beside, with ``pip install --no-deps --target DIR sae-bench tabulate seaborn
+plotly openai sae-probes collectibles``, and name DIR in APPORTION_SAE_BENCH.
 """
 
 import importlib.util

@@ -1,29 +1,31 @@
-"""Absorption: a feature for "starts with L" that stays silent on some words, because features of those words say it for it.
+"""Absorption: a feature for "starts with L" that stays silent on words whose own features say it for it.
 
 Chanin et al. 2024, *A is for Absorption* (arXiv 2409.14507), as in SAEBench (``sae_bench.evals.absorption``):
 
-1. Words that are one token, in a prompt with ten examples (``{word} has the first letter: {LETTER}``), activations on the
-   word; a probe a letter on them (Adam, positives weighted up).
-2. Features by letter: an L1 probe on all codes ranks them; logistic regressions on the first k of them; ``main`` are the first
-   k, as long as each added one raises F1 on test words by more than 0.03, k <= 10.
-3. For every test word that the probe gets right (true positives), with p = x . probe direction, and a_j = code_j
-   (u_j . probe direction):
+1. Words that are one token, in a prompt with ten examples (``{word} has the first letter: {LETTER}``), activations on
+   the word; a probe a letter on them (Adam, positives weighted up).
+2. Features by letter: an L1 probe on all codes ranks them, and logistic regressions are fitted on the first k of them;
+   the ``main`` ones are the first k, as long as each added one raises F1 on test words by more than 0.03, k <= 10.
+3. For every test word that the probe gets right (a true positive): p = x . probe direction, and for every feature
+   a_j = code_j (u_j . probe direction).
 
-| figure | definition, over true positives, averaged over letters |
-|---|---|
-| ``mean_full_absorption_score`` | all main features are 0, and the feature of largest a_j has cosine >= 0.025 with the probe and a_j >= 0.4 p |
-| ``mean_absorption_fraction_score`` | A / (A + M), M the main features' sum of a_j, A that of the three largest others of cosine >= 0.1, at most p - M; 0 where A < 0.4 p or M >= p; 1 where M <= 0 |
-| ``mean_num_split_features`` | number of main features |
+``mean_full_absorption_score``: the share of true positives on which all main features are 0, and the feature of largest
+a_j has a cosine of at least 0.025 with the probe and a_j >= 0.4 p.
+
+``mean_absorption_fraction_score``: the mean of A / (A + M), M being the main features' sum of a_j, and A that of the
+three largest others of cosine at least 0.1, at most p - M; 0 where A < 0.4 p or M >= p, 1 where M <= 0.
+
+``mean_num_split_features``: the number of main features. All three are averaged over letters.
 
 Only letters whose probe has F1 > 0.6 count, and there must be 20 of them: else there is no result, and the reason is
 given. **What it means on small models.** SAEBench advises models of 1-2 billion parameters and dictionaries of 16,000
-features or more; an undertrained dictionary, whose features say little about letters, scores falsely well (0 absorption
-because nothing is there to be absorbed): look at ``mean_k1_f1``, ours, and at the random dictionary beside it.
+features or more; an undertrained dictionary, whose features say little about letters, scores falsely: look at
+``mean_k1_f1`` (ours, F1 of the best single feature), and at the random dictionary beside it.
 
 The arithmetic of step 3 and the choice of main features give SAEBench's numbers on the same codes
 (``tests/features/suite/test_peers.py``). Ours: one set of examples for all words, so that its keys and values are
-computed once (SAEBench draws examples for each word); words with a leading space only; the letters' examples come from
-training words. Standard errors are over letters.
+computed once (SAEBench draws examples for each word); words with a leading space only, and not all of the vocabulary;
+batches of a size that makes twenty steps an epoch. Standard errors are over letters.
 """
 
 import copy
@@ -117,7 +119,7 @@ def evaluate_absorption(
 def first_letter_words(
     lm: LanguageModel, train: int, test: int, seed: int = 0
 ) -> tuple[tuple[list[int], Int[Tensor, "_"]], tuple[list[int], Int[Tensor, "_"]]]:
-    """Tokens that are a word with a leading space, and the numbers of their first letters, for training and for testing.
+    """Tokens that are a word with a leading space, and the numbers of their first letters, to train and to test on.
 
     Of a letter with few words a fifth is for testing.
 

@@ -7,23 +7,23 @@ With activation x, reconstruction x_hat, and three runs of the model: as it is, 
 
 | figure | definition |
 |---|---|
-| ``kl_div_score`` | (KL_0 - KL_sae) / KL_0, KL(clean, ·) in nats a token |
+| ``kl_div_score`` | (KL_0 - KL_sae) / KL_0, KL(clean, .) in nats a token |
 | ``ce_loss_score`` | (CE_0 - CE_sae) / (CE_0 - CE_clean) |
-| ``explained_variance`` | 1 - sum |x - x_hat|^2 / sum |x - mean x|^2, one ratio over all tokens |
-| ``explained_variance_legacy`` | the mean over tokens of 1 - |x - x_hat|^2 / |x - mean x|^2: in published tables; kept apart |
+| ``explained_variance`` | 1 - sum of squared errors / sum of squared distances from the mean, over all tokens |
+| ``explained_variance_legacy`` | the mean over tokens of 1 - that ratio of the token: in published tables |
 | ``l2_norm_in``, ``l2_norm_out``, ``l2_ratio``, ``relative_reconstruction_bias`` | shrinkage |
 | ``l0``, ``l1``, ``mse``, ``cossim`` | a token, on average |
 | ``encoder_decoder_cosine_sim``, ``max_decoder_cosine_sim``, ``max_encoder_cosine_sim`` | mean over features |
-| ``consistent_activation_heuristic`` | tokens on which a feature fires, by context in which it does; mean over features |
+| ``consistent_activation_heuristic`` | tokens by context in which a feature fires; mean over features |
 
-**Where figures differ from SAEBench's, and why.** Equal to 1e-3 to ``sae_lens.evals`` on the same dictionary and tokens
-(``tests/features/suite/test_peers.py``), with these exceptions. SAEBench 0.6.0 centres ``explained_variance`` with the
-mean of *squared* activations and reports that (fixed in SAELens 6); ours is SAELens' formula. SAEBench divides ``mse``
-by the number of tokens twice (fixed in SAELens 6). ``explained_variance_legacy`` and ``relative_reconstruction_bias``
+**Where figures differ from SAEBench's, and why.** They equal those of ``sae_lens.evals`` to 1e-3 on the same dictionary
+and tokens (``tests/features/suite/test_peers.py``), with these exceptions. SAEBench 0.6.0 centres
+``explained_variance`` with the mean of *squared* activations (fixed in SAELens 6, whose formula this is), and divides
+``mse`` by the number of tokens twice (likewise). ``explained_variance_legacy`` and ``relative_reconstruction_bias``
 depend on the batch there (the mean of each batch; the mean of the batches' ratios); here one mean and one ratio are
 over all tokens, and they are equal where all fits one batch. Tokens that the store left out (position 0, sinks) keep
-their activations and are not counted, also under zero ablation; SAELens zeroes them there too. SAEBench's per-feature
-figures are lists; here they are means.
+their activations and are not counted, also under zero ablation; SAELens zeroes them there too. SAEBench's figures of
+each feature are lists; here they are means.
 """
 
 import math

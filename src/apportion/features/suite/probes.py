@@ -3,7 +3,7 @@
 | probe | where |
 |---|---|
 | ``logistic_accuracy``: scikit-learn's logistic regression, L2 with C = 1, at most 1,000 iterations | sparse probing |
-| ``LinearProbe.fit``: AdamW, binary cross-entropy, an L1 penalty, the epoch of best test accuracy | full probes, SCR, TPP |
+| ``LinearProbe.fit``: AdamW, an L1 penalty, the epoch of best test accuracy | full probes, SCR, TPP |
 | ``fit_multi_probe``: Adam, all classes at once, positives weighted up, learning rate decaying to 1e-5 | absorption |
 """
 
@@ -127,7 +127,7 @@ def fit_multi_probe(
 ) -> tuple[Float[Tensor, "classes units"], Float[Tensor, "classes"]]:
     """One probe a class against the rest, trained together by Adam from 0.01 to 1e-5, positives weighted up.
 
-    SAEBench's batch of 4,096 makes some twenty steps an epoch of the words of its large vocabularies; the default here is
+    SAEBench's batch of 4,096 makes some twenty steps an epoch of the words of large vocabularies; the default here is
     what makes twenty steps of the words that there are (ours), at most 4,096.
 
     Returns:

@@ -8,23 +8,25 @@ takes the activation's place.
 
 | symbol | here |
 |---|---|
-| m = sigmoid(theta / T), T from 1 to 1e-4 on a log scale; theta starts at 0 | ``learned_mask``; afterwards theta > 0 |
-| loss | cross-entropy to the source's answer where both prompts ask the attribute (cause), and to the base's answer where they ask another one (isolation); Adam, lr 1e-3, 2 epochs |
-| ``cause_score`` | share of held-out pairs whose greedy answer (at most 6 tokens) is the source's |
-| ``isolation_score`` | share whose answer about another attribute is still the base's |
+| m = sigmoid(theta / T), T from 1 to 1e-4 on a log scale; theta starts at 0 | ``learned_mask``; then theta > 0 |
+| loss | cross-entropy to the answer that is wanted, Adam, learning rate 1e-3, 2 epochs |
+| ``cause_score`` | both prompts ask the attribute: share of greedy answers (6 tokens at most) that are the source's |
+| ``isolation_score`` | both ask another attribute: share of answers that are still the base's |
 | ``disentanglement_score`` | their mean |
 
-all averaged over attributes. The control ``activations`` learns a mask over the activation's dimensions, ``random
-dictionary`` over random features. ``mean_num_masked`` (ours) is how many units the mask takes: masks are not bounded in
-size.
+all on held-out pairs and averaged over attributes. The control ``activations`` learns a mask over the activation's
+dimensions, ``random dictionary`` over random features. ``mean_num_masked`` (ours) is how many units the mask takes:
+masks are not bounded in size.
 
 Entities here are cities with country, continent and language (`apportion.data.facts`), each prompt with one example
 before it, and only pairs of city and attribute that the plain model answers count. SAEBench uses RAVEL's own entities
-(500, up to 5,000 pairs an attribute) from a hub: levels are not comparable with its leaderboard; the mask's
-interpolation and training are (``tests/features/suite/test_peers.py``). No result where fewer than two attributes have
-eight known cities, or where exchanging the *whole* activation changes fewer than one answer in ten: then the site does
-not decide the answer, and what a dictionary does there says nothing about it (``whole_activation`` in the details).
-Standard errors are over attributes.
+(500, up to 5,000 pairs an attribute) from a hub: levels are not comparable with its leaderboard; the exchange, the
+temperatures and the comparison of answers are (``tests/features/suite/test_peers.py``). Batches are smaller here, so
+that few pairs make some steps.
+
+No result where fewer than two attributes have eight known cities, or where exchanging the *whole* activation changes
+fewer than one answer in ten: then the site does not decide the answer, and what a dictionary does there says nothing
+about it (``whole_activation`` in the details). Standard errors are over attributes.
 """
 
 import random
@@ -112,9 +114,10 @@ def evaluate_ravel(subject: Subject, *, pairs: int = 64, batch: int = 16, seed: 
         for name, (_, held_out) in every.items()
     }
     if np.mean(list(whole.values())) < _LEAST_CAUSE:
+        share = np.mean(list(whole.values()))
         raise NotApplicable(
-            f"exchanging the whole activation at {site} on a city's last token changes {np.mean(list(whole.values())):.0%} "
-            "of the answers: the site does not decide them; try an earlier layer"
+            f"exchanging the whole activation at {site} on a city's last token changes {share:.0%} of the answers: the "
+            "site does not decide them; try an earlier layer"
         )
     scores: dict[str, dict[str, tuple[float, float, int]]] = {}
     for unit, units in subject.units().items():
@@ -198,7 +201,7 @@ def answers_with(said: str, answer: str) -> bool:
 
 
 def paired(prompts: Sequence[Prompt], attribute: str, pairs: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to learn a mask for an attribute on, and held-out ones: half cause, half isolation, answers always differing.
+    """Pairs to learn a mask for an attribute on, and held-out ones: half cause, half isolation; answers differ.
 
     Isolation pairs ask for another attribute, the same one of both entities.
     """

@@ -93,7 +93,7 @@ def _renamed(metric: Metric, name: str) -> Metric:
 
 
 def _over_sets(by_set: dict[str, dict[str, dict[str, float]]], unit: str, name: str, features: int) -> Metric:
-    """The mean over sets of the mean over classes; the error is over classes, each with the weight it has in the mean."""
+    """The mean over sets of the mean over classes; the error is over all classes."""
     per_set = [
         list(classes.values()) for found in by_set.values() if (classes := found[f"{unit or 'features'} {name}"])
     ]

@@ -3,15 +3,15 @@
 Farrell et al. 2024, *Applying Sparse Autoencoders to Unlearn Knowledge in Language Models* (arXiv 2410.19278), as in
 SAEBench (``sae_bench.evals.unlearning``):
 
-1. Firing rates of all features on text to forget and on text to retain. Features that fire on fewer than 0.001 (0.01) of the
-   retained tokens are ranked by their rate on the text to forget; those that never fire there are no candidates.
-2. The first N in 10, 20 of them are clamped to -m, m in 25, 50, 100, 200, on every token where they fire; the error is kept.
-3. Accuracy on questions about what is to be forgotten, and on questions about other things (side effects), both only among
-   questions that the plain model answers right, so that it starts at 1.
+1. Firing rates of all features on text to forget and on text to retain. Features that fire on fewer than 0.001 (0.01)
+   of the retained tokens are ranked by their rate on the text to forget; those that never fire there are no candidates.
+2. The first N in 10, 20 of them are clamped to -m, m in 25, 50, 100, 200, on every token where they fire; the error is
+   kept.
+3. Accuracy on questions about what is to be forgotten, and on questions about other things (side effects), both only
+   among questions that the plain model answers right, so that it starts at 1.
 
 ``unlearning_score`` = 1 - the least accuracy on the first kind among settings whose side-effect accuracy is at least
-0.99; 0 where there is none. Higher is better. Clamped values are in units of activations (decoder rows of unit length),
-as there.
+0.99; 0 where there is none. Higher is better. Clamped values are in units of activations (decoder rows of unit length).
 
 SAEBench's data (WMDP-bio, MMLU, WikiText) are on a hub: bring them with ``--unlearning-data`` (a folder, see
 ``read_unlearning_data``, or ``hf``). Without it a stand-in is made on the spot: sentences and questions about cities to
@@ -19,6 +19,7 @@ forget, the packaged English text to retain, questions about opposites, sequence
 (`apportion.data.facts`). Its questions are answered by the likeliest of four continuations, not by a letter, which
 models of SmolLM2's size cannot name. There is no result where the model knows fewer than ten questions of either kind,
 or answers no more of the first kind than half way between chance and all: the measured accuracies are in the reason.
+
 The choice of features and the score are those of SAEBench (``tests/features/suite/test_peers.py``); levels on the
 stand-in are not comparable with its leaderboard. The activations' own dimensions are no control here (each of them is
 on at every token); the random dictionary is. The standard error is that of a share of the forget questions.
@@ -114,8 +115,8 @@ def evaluate_unlearning(
         known.append([question for question, good in zip(questions, right, strict=True) if good][:max_questions])
         accuracy.append((float(np.mean(right)), chance))
     said = (
-        f"{subject.lm.name} answers {accuracy[0][0]:.0%} of the {len(data.forget_questions)} questions on what is to be "
-        f"forgotten (chance: {accuracy[0][1]:.0%}) and {accuracy[1][0]:.0%} of the {len(data.side_questions)} others"
+        f"{subject.lm.name} answers {accuracy[0][0]:.0%} of the {len(data.forget_questions)} questions on what is to "
+        f"be forgotten (chance: {accuracy[0][1]:.0%}) and {accuracy[1][0]:.0%} of the {len(data.side_questions)} others"
     )
     if min(map(len, known)) < _LEAST_QUESTIONS or accuracy[0][0] < (1 + accuracy[0][1]) / 2:
         raise NotApplicable(f"{said}: what a model does not know it cannot forget")
