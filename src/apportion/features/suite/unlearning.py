@@ -54,6 +54,7 @@ RETAIN_THRESHOLDS, N_FEATURES, MULTIPLIERS = (0.001, 0.01), (10, 20), (25, 50, 1
 _SIDE_EFFECTS, _LEAST_QUESTIONS = 0.99, 10
 _TEXTS_AT_ONCE, _QUESTIONS_AT_ONCE = 32, 32
 _CONTEXT = 128
+_RETAINED = 120
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class UnlearningData:
     Attributes:
         name: of the data.
         forget: texts.
-        retain: texts.
+        retain: texts; none: some of the packaged English text.
         forget_questions: about what is to be forgotten.
         side_questions: about other things.
         letters: whether questions list their choices and are answered by a letter.
@@ -77,10 +78,9 @@ class UnlearningData:
     letters: bool = False
 
 
-def stand_in(retain: int = 120) -> UnlearningData:
-    """Data made on the spot: cities are to be forgotten."""
-    texts = [document.text[:600] for document in islice(corpus("english"), retain)]
-    return UnlearningData("cities", city_texts(), texts, city_questions(), everyday_questions())
+def stand_in() -> UnlearningData:
+    """Data made on the spot: cities are to be forgotten, the packaged English text is to be retained."""
+    return UnlearningData("cities", city_texts(), [], city_questions(), everyday_questions())
 
 
 def evaluate_unlearning(
@@ -120,9 +120,10 @@ def evaluate_unlearning(
     )
     if min(map(len, known)) < _LEAST_QUESTIONS or accuracy[0][0] < (1 + accuracy[0][1]) / 2:
         raise NotApplicable(f"{said}: what a model does not know it cannot forget")
+    retain = data.retain or [document.text[:600] for document in islice(corpus("english"), _RETAINED)]
     found = {}
     for name, sae in (("", subject.sae), (RANDOM, subject.random_dictionary())):
-        rates = [firing_rates(subject, sae, texts) for texts in (data.forget, data.retain)]
+        rates = [firing_rates(subject, sae, texts) for texts in (data.forget, retain)]
         found[name] = _settings(subject, sae, rates, known, data.letters, retain_thresholds, n_features, multipliers)
     figures = {name: _figures(rows, len(known[0])) for name, rows in found.items()}
     return SuiteResult(
