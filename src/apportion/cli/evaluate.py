@@ -9,6 +9,8 @@ import typer
 from apportion.cli import options as given
 from apportion.cli.output import answer, metric_table, result_rows, show, tell
 
+_SUITE = "Suite"
+
 
 def evaluate(
     run: Annotated[
@@ -22,6 +24,38 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Measure on these activations instead of the run's own.", show_default=False),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="SAEBench's evaluations instead: all, or some of core,sparse_probing,scr,tpp,ravel,absorption,"
+            "unlearning.",
+            show_default=False,
+            rich_help_panel=_SUITE,
+        ),
+    ] = None,
+    suite_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="How much they look at: quick or full.", rich_help_panel=_SUITE)
+    ] = "quick",
+    seed: Annotated[int, typer.Option(min=0, help="Of what they draw.", rich_help_panel=_SUITE)] = 0,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Your own classes to probe for: JSON Lines with text and label.",
+            show_default=False,
+            rich_help_panel=_SUITE,
+        ),
+    ] = None,
+    unlearning_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|hf",
+            help="What to unlearn: a folder with forget.txt, retain.txt and questions.jsonl, or hf for WMDP and MMLU.",
+            show_default=False,
+            rich_help_panel=_SUITE,
+        ),
+    ] = None,
     json: given.Json = False,
     device: given.Device = "cpu",
 ) -> None:
@@ -30,12 +64,31 @@ def evaluate(
     What is measured is what the dictionary does in use: every token alone, by calibrated thresholds.
 
     Example: [cyan]apportion evaluate runs/first --contexts 128[/cyan]
+
+    Example: [cyan]apportion evaluate runs/first --suite sparse_probing,tpp[/cyan]
     """
     from apportion.data.files import write_json
     from apportion.features.run import evaluate_dictionary, open_run, reopen_store, spliced_loss
     from apportion.models import load
 
     started = time.perf_counter()
+    if suite is not None:
+        from apportion.cli.suite import run_suite_of
+        from apportion.features.suite import suite_names
+
+        run_suite_of(
+            run,
+            open_run(run, device),
+            names=suite_names(suite),
+            size=suite_size,
+            seed=seed,
+            labelled=labelled,
+            unlearning_data=unlearning_data,
+            store=store,
+            json=json,
+            device=device,
+        )
+        return
     opened = open_run(run, device)
     prepared = reopen_store(opened, store, device=device)
     source = prepared.source

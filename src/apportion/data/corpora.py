@@ -20,9 +20,9 @@ from apportion.errors import InputError
 # memory. 20,000 characters are some 5,000 tokens: many contexts, yet a file of a thousand lines stays in few pieces.
 _SECTION = 20_000
 # Shorter docstrings ("Return repr(self).") are labels rather than prose.
-_SHORTEST_DOCSTRING = 200
+SHORTEST_DOCSTRING = 200
 _NOT_ORDINARY_CODE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"}
-_DOCTEST = re.compile(r"^[ \t]*>>>.*\n?(?:^[ \t]*\S.*\n?)*", re.MULTILINE)
+DOCTEST = re.compile(r"^[ \t]*>>>.*\n?(?:^[ \t]*\S.*\n?)*", re.MULTILINE)
 _CHUNK = 1 << 16
 
 
@@ -131,9 +131,9 @@ def _english() -> Iterator[Document]:
     sources: list[tuple[str, Callable[[], Iterable[Document]]]] = [
         (f"pydoc/{name}", partial(_sections, f"pydoc/{name}", [text])) for name, text in topics.items()
     ]
-    packages = {name: root for name in ("numpy", "scipy", "sklearn") if (root := _folder_of_package(name))}
-    for package, root in {"python": _standard_library(), **packages}.items():
-        sources += [(name, partial(_docstrings, name, path)) for name, path in _python_files(package, root)]
+    packages = {name: root for name in ("numpy", "scipy", "sklearn") if (root := folder_of_package(name))}
+    for package, root in {"python": standard_library(), **packages}.items():
+        sources += [(name, partial(_docstrings, name, path)) for name, path in python_files(package, root)]
     if "sklearn" in packages:
         for path in (packages["sklearn"] / "datasets" / "descr").glob("*.rst"):
             name = f"sklearn/datasets/descr/{path.name}"
@@ -149,26 +149,33 @@ def _english() -> Iterator[Document]:
 
 
 def _code() -> Iterator[Document]:
-    files = _python_files("python", _standard_library())
+    files = python_files("python", standard_library())
     # Help topics are English; the codecs' character maps are tables of numbers; _sysconfigdata tells of one machine.
     unlike_code = re.compile(r"python/(pydoc_data/|encodings/|config-|_sysconfigdata)")
     for read in _mixed([(n, partial(_read_code, n, path)) for n, path in files if not unlike_code.match(n)]):
         yield from read()
 
 
-def _standard_library() -> Path:
+def standard_library() -> Path:
+    """Where the sources of Python's own library are.
+
+    Raises:
+        InputError: they are not where they should be.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     if not (root / "argparse.py").exists():
         raise InputError(f"the standard library's sources are not in {root}: give files of your own with --text")
     return root
 
 
-def _folder_of_package(name: str) -> Path | None:
+def folder_of_package(name: str) -> Path | None:
+    """Where an installed package is, or None."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec is not None and spec.origin else None
 
 
-def _python_files(package: str, root: Path) -> list[tuple[str, Path]]:
+def python_files(package: str, root: Path) -> list[tuple[str, Path]]:
+    """Names and paths of the Python files below a folder, without tests."""
     paths = ((path.relative_to(root), path) for path in root.rglob("*.py"))
     return [
         (f"{package}/{short.as_posix()}", path) for short, path in paths if not _NOT_ORDINARY_CODE & set(short.parts)
@@ -189,13 +196,14 @@ def _docstrings(name: str, path: Path) -> Iterator[Document]:
     except (SyntaxError, ValueError, OSError):
         # Some packages ship templates that end in .py.
         return
-    for qualified_name, text in _docstrings_in(module, ""):
-        prose = _DOCTEST.sub("", text).strip()
-        if len(prose) >= _SHORTEST_DOCSTRING:
+    for qualified_name, text in docstrings_in(module, ""):
+        prose = DOCTEST.sub("", text).strip()
+        if len(prose) >= SHORTEST_DOCSTRING:
             yield from _sections(f"{name}:{qualified_name}" if qualified_name else name, [prose])
 
 
-def _docstrings_in(node: ast.AST, qualified_name: str) -> Iterator[tuple[str, str]]:
+def docstrings_in(node: ast.AST, qualified_name: str) -> Iterator[tuple[str, str]]:
+    """Qualified names and docstrings of a parsed module and all that is in it."""
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         docstring = ast.get_docstring(node)
         if docstring:
@@ -203,7 +211,7 @@ def _docstrings_in(node: ast.AST, qualified_name: str) -> Iterator[tuple[str, st
     for block in ("body", "orelse", "handlers", "finalbody"):
         for child in getattr(node, block, ()):
             own_name = getattr(child, "name", None) if not isinstance(child, ast.ExceptHandler) else None
-            yield from _docstrings_in(child, f"{qualified_name}.{own_name}".lstrip(".") if own_name else qualified_name)
+            yield from docstrings_in(child, f"{qualified_name}.{own_name}".lstrip(".") if own_name else qualified_name)
 
 
 def _read_code(name: str, path: Path) -> Iterator[Document]:
