@@ -98,7 +98,7 @@ class Evaluation:
         }
 
 
-class _Ratio:
+class RatioOfSums:
     """A ratio of two sums over documents, with its standard error."""
 
     def __init__(self) -> None:
@@ -164,7 +164,7 @@ def _evaluate(
 ) -> Evaluation:
     mean, median_norm, tokens = _first_look(view, max_contexts)
     names = ("fvu", "fvu_without_sinks", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias", "l0", "l1")
-    ratios = {name: _Ratio() for name in names}
+    ratios = {name: RatioOfSums() for name in names}
     fired = torch.zeros(sae.n_features, dtype=torch.int64)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     sinks = 0
@@ -323,7 +323,7 @@ class SplicedLoss:
         }
 
         def ratio(name: str, definition: str, above: Tensor, below: Tensor | None = None) -> Metric:
-            sums = _Ratio()
+            sums = RatioOfSums()
             sums.add(documents, above, below)
             return sums.metric(name, definition)
 
@@ -361,12 +361,12 @@ class SplicedLoss:
             if replace is None:
                 losses.append(self.lm.loss_per_token(ids))
                 continue
-            with splice(self.lm, self.site, _only_where(valid, replace)):
+            with splice(self.lm, self.site, only_where(valid, replace)):
                 losses.append(self.lm.loss_per_token(ids))
         return torch.cat(losses).cpu()
 
 
-def _only_where(valid: Tensor, replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def only_where(valid: Tensor, replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Replace the activations of valid tokens, leave the others."""
 
     def replaced(activations: Tensor) -> Tensor:
