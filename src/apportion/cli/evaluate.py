@@ -22,6 +22,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Measure on these activations instead of the run's own.", show_default=False),
     ] = None,
+    errors: Annotated[
+        bool,
+        typer.Option("--errors", help="Also audit the error: how much is linear in the activation, and what it costs."),
+    ] = False,
     json: given.Json = False,
     device: given.Device = "cpu",
 ) -> None:
@@ -48,6 +52,17 @@ def evaluate(
     # A quick look, or one at other text, must not replace what the run is known for.
     if loss and store is None and (run / "run.json").exists():
         write_json(run / "evaluation.json", evaluation)
+    audit = None
+    if errors:
+        from apportion.features.dark_matter import audit_run
+
+        tell("auditing the error on held-out tokens")
+        audit = audit_run(opened.sae, prepared.calibration, prepared.test, spliced, device=device)
+        for warning in audit.warnings:
+            tell(f"warning: {warning}")
+    rows = result_rows(run.name, evaluation)
+    if audit is not None:
+        rows += result_rows(f"{run.name}, error", audit.to_json())
     if json:
         from apportion.studies import machine
 
@@ -56,8 +71,9 @@ def evaluate(
                 "command": "evaluate",
                 "run": str(run),
                 "seeds": [opened.settings["recipe"]["seed"]],
-                "rows": [row.as_dict() for row in result_rows(run.name, evaluation)],
+                "rows": [row.as_dict() for row in rows],
                 "evaluation": evaluation,
+                "errors": None if audit is None else audit.to_json(),
                 "seconds": round(time.perf_counter() - started, 2),
                 "machine": machine(),
             }
@@ -68,4 +84,5 @@ def evaluate(
         metric_table(evaluation),
         "",
         f"{evaluation['tokens']:,} held-out tokens; standard errors over {documents} documents",
+        *([] if audit is None else ["", metric_table(audit.to_json())]),
     )
