@@ -28,6 +28,7 @@ def test_evaluate_shows_a_table(finished, typed):
 def test_evaluate_audits_the_error(finished, typed):
     outcome = typed("evaluate", finished, "--contexts", "8", "--errors", "--json")
 
+    assert outcome.code == 0, outcome.err
     found = outcome.json["errors"]["metrics"]
     assert found["fvu_nonlinear"]["value"] + found["fvu_linear"]["value"] == pytest.approx(found["fvu"]["value"])
     assert {"r2_error", "r2_squared_norm", "best_scale", "ce_share_linear", "ce_share_nonlinear"} <= set(found)

@@ -89,12 +89,12 @@ def test_standard_errors_are_those_of_a_ratio_over_documents(sae: SparseAutoenco
 
 def test_the_standard_error_covers_what_varies_between_documents() -> None:
     """By simulation: 95 % intervals of a mean over unequal documents hold it about that often."""
-    from apportion.features.evaluate import _Ratio
+    from apportion.features.evaluate import RatioOfSums
 
     generator = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(200):
-        ratio = _Ratio()
+        ratio = RatioOfSums()
         for document in range(40):
             tokens = int(torch.randint(5, 50, (), generator=generator))
             level = torch.randn((), generator=generator)

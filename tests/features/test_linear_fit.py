@@ -64,6 +64,7 @@ def test_a_split_is_by_document() -> None:
     assert not set(DOCUMENTS[out].tolist()) & set(DOCUMENTS[~out].tolist())
     assert int(out.sum()) == 200
     assert 0 < int(held_out_rows(DOCUMENTS[:50], 0.01).sum()) < 50
+    assert held_out_rows(torch.zeros(5, dtype=torch.int64), 0.2).tolist() == [False] * 4 + [True]
 
 
 def test_determination_of_what_varies() -> None:
@@ -84,8 +85,8 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     assert isinstance(fit_linear(Moments(X[:6], Y[:6]), ridges=(0.1,)), LinearMap)
     with pytest.raises(InputError, match="no tokens to choose by"):
         fit_linear(Moments(X, Y))
-    with pytest.raises(InputError, match="1 document cannot be split"):
-        held_out_rows(torch.zeros(5, dtype=torch.int64), 0.5)
+    with pytest.raises(InputError, match="1 tokens cannot be split"):
+        held_out_rows(torch.zeros(1, dtype=torch.int64), 0.5)
     with pytest.raises(InputError, match="no tokens to test on"):
         determination(Y[:0], Y[:0])
     with pytest.raises(ValueError, match=r"x\[2\] has NaN"):

@@ -46,14 +46,17 @@ class Tokens:
 
 
 def held_out_rows(documents: Int64[Tensor, " tokens"], share: float, seed: int = 0) -> Bool[Tensor, " tokens"]:
-    """Rows to hold out: about ``share`` of them, in whole documents.
+    """Rows to hold out: about ``share`` of them, in whole documents (of a single document its end).
 
     Raises:
-        InputError: there are not two documents.
+        InputError: there are not two tokens.
     """
     names, counts = torch.unique(documents, return_counts=True)
-    if len(names) < 2:
-        raise InputError(f"{len(documents)} tokens of {len(names)} document cannot be split by document: give more")
+    if len(documents) < 2:
+        raise InputError(f"{len(documents)} tokens cannot be split: give at least 2")
+    if len(names) == 1:
+        end = min(max(round(share * len(documents)), 1), len(documents) - 1)
+        return torch.arange(len(documents), device=documents.device) >= len(documents) - end
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))
     reached = counts[order].cumsum(0) <= share * len(documents)
     reached[0], reached[-1] = True, False
