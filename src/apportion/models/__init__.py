@@ -3,21 +3,35 @@
 from apportion.models.activations import ActivationStore, StoreView
 from apportion.models.capture import capture
 from apportion.models.harvest import harvest, join_parts
+from apportion.models.heads import HeadEdit, edit_heads, head_outputs
 from apportion.models.language import LanguageModel, load
 from apportion.models.packaged import cache_dir, fetch
+from apportion.models.patching import ablate_heads, keep_heads, patch_heads
+from apportion.models.prompts import TokenPairs, TokenPrompts, Validation, tokenise, validate
 from apportion.models.site import Site
 from apportion.models.splice import splice
 
 __all__ = [
     "ActivationStore",
+    "HeadEdit",
     "LanguageModel",
     "Site",
     "StoreView",
+    "TokenPairs",
+    "TokenPrompts",
+    "Validation",
+    "ablate_heads",
     "cache_dir",
     "capture",
+    "edit_heads",
     "fetch",
     "harvest",
+    "head_outputs",
     "join_parts",
+    "keep_heads",
     "load",
+    "patch_heads",
     "splice",
+    "tokenise",
+    "validate",
 ]
