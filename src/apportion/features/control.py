@@ -1,4 +1,4 @@
-"""Sparse controllability: how few features have to be changed to change one attribute? (Makelov et al. 2024, 2405.08366.)
+"""Sparse controllability (Makelov et al. 2024, arXiv 2405.08366): how few features change one attribute.
 
 Allocated: ``budget`` edits per activation, out of the features that are active in it (to be removed) and in the
 activation it should become (to be added); they go to whatever brings the activation closest. The *true* activation is
@@ -146,7 +146,9 @@ def exact_edit(
         vectors = (change[:, None] * decoder_weight)[change != 0]
     count = vectors.shape[0]
     if count > _MOST_CANDIDATES:
-        raise InputError(f"{count} candidates: all subsets can be tried for {_MOST_CANDIDATES} at most; use sparse_edit")
+        raise InputError(
+            f"{count} candidates: all subsets can be tried for {_MOST_CANDIDATES} at most; use sparse_edit"
+        )
     sets = [each for size in range(min(budget, count) + 1) for each in itertools.combinations(range(count), size)]
     members = torch.zeros(len(sets), count, dtype=source.dtype)
     for row, each in enumerate(sets):
@@ -174,9 +176,9 @@ def interpretation_aware_edit(
 ) -> SparseEdit:
     """Edit by what features are said to mean: no look at where the activation should end.
 
-    Removes, of the features active in the source, the ``budget`` that say best that the attribute has its old value, and
-    adds, of those active in the target and with the values they have there, as many that say best that it has the new
-    one. Budget b thus makes up to b removals and b additions.
+    Removes, of the features active in the source, the ``budget`` that say best that the attribute has its old value,
+    and adds, of those active in the target and with the values they have there, as many that say best that it has the
+    new one. Budget b thus makes up to b removals and b additions.
 
     Args:
         source: true activations to edit.
@@ -223,7 +225,7 @@ def feature_weights(
 def edit_magnitude(
     removed: Bool[Tensor, "pairs *steps features"], weights: Float[Tensor, "pairs features"]
 ) -> Float[Tensor, "pairs *steps"]:
-    """The share of the reconstruction that an edit takes away: near 1, everything was replaced and nothing controlled."""
+    """The share of the reconstruction that an edit takes away; near 1 everything was replaced and nothing steered."""
     for _ in range(removed.dim() - 2):
         weights = weights.unsqueeze(1)
     return (removed * weights).sum(dim=-1)

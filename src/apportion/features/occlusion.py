@@ -14,8 +14,8 @@ attribute is.
 | mixture of two Gaussians, x = +-mu + N(0, I) | ``two_gaussians`` |
 | loss of the ideal dictionary, and of m random Gaussian features | ``ideal_loss``, ``random_features_loss`` |
 
-Occlusion needs superposition: with fewer directions than dimensions nothing is occluded at any rho, so the sizes here are
-60 directions in 20 dimensions (ours; the paper shows it on a model).
+Occlusion needs superposition: with fewer directions than dimensions nothing is occluded at any rho, so the sizes here
+are 60 directions in 20 dimensions (ours; the paper shows it on a model).
 """
 
 from collections.abc import Sequence
@@ -120,9 +120,7 @@ def two_gaussians(rows: int, seed: int, d: int = 100, distance: float = 2.0) -> 
     return x
 
 
-def ideal_loss(
-    x: Float[Tensor, "rows d"], penalties: Sequence[float], gains: int = 41, thresholds: int = 61
-) -> Losses:
+def ideal_loss(x: Float[Tensor, "rows d"], penalties: Sequence[float], gains: int = 41, thresholds: int = 61) -> Losses:
     """The two features that a person would choose, one a class, with the encoder gain and threshold that suit best.
 
     Both point along the line through the centres (the first axis, as ``two_gaussians`` lays them); gain and threshold
@@ -152,8 +150,8 @@ def random_features_loss(
 
     Args:
         x: what is encoded.
-        samples: fresh samples of the same mixture; features are ``relu(scale * samples . x - bias)``, and each is decoded
-            along its sample at unit norm.
+        samples: fresh samples of the same mixture; a feature is ``relu(scale * sample . x - bias)``, decoded along its
+            sample at unit norm.
         penalties: lambda.
         bias: gamma.
         scales: beta, of which the best is taken for each penalty; default 20 from .01 to .1.

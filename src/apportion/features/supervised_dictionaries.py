@@ -1,4 +1,4 @@
-"""Principled Evaluations of Sparse Autoencoders for Interpretability and Control (Makelov, Lange, Nanda 2024, 2405.08366).
+"""Principled Evaluations of Sparse Autoencoders for Interpretability and Control (Makelov et al. 2024, 2405.08366).
 
 Allocated: one feature per attribute of a prompt, by its label: of all values' vectors each activation gets those of the
 values its prompt has. Such a dictionary is what a task's activations look like if the attributes are the right ones; it
@@ -14,10 +14,10 @@ control (``control.py``), can it be read (``interpretability.py``).
 | attribute (IO, Pos) | ``attributes=[("IO", "Pos"), ...]`` |
 | sufficiency, necessity | ``approximation`` |
 
-What the two kinds of features are and are not. Mean features of an attribute do not depend on which others there are, so
-a redundant attribute (one that others determine) is counted twice in their sum; MSE features share it out. Both are the
-same, and exact least squares, where attributes are independent and all combinations equally frequent. A one-hot design
-of two or more attributes never has full rank, since the columns of each sum to one: the pseudo-inverse picks the
+What the two kinds of features are and are not. Mean features of an attribute do not depend on which others there are,
+so a redundant attribute (one that others determine) is counted twice in their sum; MSE features share it out. Both are
+the same, and exact least squares, where attributes are independent and all combinations equally frequent. A one-hot
+design of two or more attributes never has full rank, since the columns of each sum to one: the pseudo-inverse picks the
 solution of least norm, and all solutions give the same reconstructions *of combinations seen*, not the same vectors.
 """
 

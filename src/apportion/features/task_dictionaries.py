@@ -4,9 +4,9 @@ ReLU with an L1 penalty, TopK, Gated (arXiv 2405.08366, section 2 and its author
 ``fit_dictionary``; and the controls that any of them has to beat: a *frozen* random decoder whose encoder is trained,
 and a *random* dictionary that was not trained at all.
 
-Differences from the paper: no resampling of dead features (width and steps here leave few that matter; an auxiliary loss
-is at hand in ``Recipe``); TopK values are rectified, where the authors' code lets them be negative. Attribution
-dictionaries (which add gradients to the loss) are not among these arms.
+Differences from the paper: no resampling of dead features (an auxiliary loss is at hand in ``Recipe``); TopK values are
+rectified, where the authors' code lets them be negative. Attribution dictionaries (which add gradients to the loss) are
+not among these arms.
 """
 
 import math
@@ -28,8 +28,8 @@ def l1_penalty(weight: float, sample: Float[Tensor, "tokens d"], mean_norm: floa
     """The ``Recipe.penalty`` that stands for a published L1 weight.
 
     Papers minimise ``|x - x_hat|^2 + weight * |f|_1``. `fit_dictionary` divides the squared error by the variance and
-    scales inputs to mean square distance d from their centre, so the same trade-off is ``weight / sqrt(d * v)``, where v
-    is the mean square distance in the units that the paper's weight is for.
+    scales inputs to mean square distance d from their centre, so the same trade-off is ``weight / sqrt(d * v)``, where
+    v is the mean square distance in the units that the paper's weight is for.
 
     Args:
         weight: as published.
@@ -86,9 +86,7 @@ def task_recipe(
     )
 
 
-def fit_on_task(
-    x: Float[Tensor, "tokens d"], recipe: Recipe, *, freeze_decoder: bool = False
-) -> SparseAutoencoder:
+def fit_on_task(x: Float[Tensor, "tokens d"], recipe: Recipe, *, freeze_decoder: bool = False) -> SparseAutoencoder:
     """Train a dictionary on a table of activations, rows drawn anew for every step.
 
     Args:
@@ -112,7 +110,7 @@ def fit_on_task(
 
 
 def random_dictionary(x: Float[Tensor, "tokens d"], recipe: Recipe) -> SparseAutoencoder:
-    """The dictionary that ``fit_on_task`` starts from: random directions, an encoder tied to them, scale and centre of x."""
+    """What ``fit_on_task`` starts from: random directions, an encoder tied to them, the scale and the centre of x."""
     sae = SparseAutoencoder(x.shape[1], recipe.n_features, recipe.rule, gated=recipe.gated, seed=recipe.seed)
     sae.initialise_from(x)
     sae.fold_scale()

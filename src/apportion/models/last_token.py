@@ -1,7 +1,7 @@
-"""The last token of prompts, gone through again and again while everything before it is kept: for edits at the end only.
+"""The last token of prompts, gone through again and again while all before it is kept: for edits at the end only.
 
-In a causal model nothing before the last token sees what is changed there. So its keys and values are computed once, and
-a run with other activations at the last token costs one token instead of a prompt.
+In a causal model nothing before the last token sees what is changed there. So its keys and values are computed once,
+and a run with other activations at the last token costs one token instead of a prompt.
 """
 
 import copy
