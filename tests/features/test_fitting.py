@@ -164,6 +164,55 @@ def test_gradients_are_sparse_where_fewer_than_half_of_the_features_can_win(toke
     torch.testing.assert_close(sae.decoder_weight.detach().norm(dim=1), torch.ones(40))
 
 
+class Sum(DictionaryObjective):
+    """Batches of two tensors: the input, and what to add to it for the target."""
+
+    def input_and_target(self, sae: SparseAutoencoder, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return sae.centred(batch[0]), (batch[0] + batch[1]) * sae.input_scale
+
+
+def pairs(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return batches(step), torch.zeros(256, 16)
+
+
+def test_a_module_and_an_objective_of_ones_own_train_on_batches_of_several_tensors(tmp_path) -> None:
+    plain, _ = fit(replace(BASE, steps=20))
+    own = SparseAutoencoder(16, 40, BASE.rule)
+    recipe = replace(BASE, steps=20)
+    for stop in (7, None):
+        sae, _ = fit_dictionary(
+            recipe,
+            pairs,
+            16,
+            sae=own if stop else SparseAutoencoder(16, 40, BASE.rule),
+            objective=Sum(recipe),
+            calibration=calibration,
+            folder=tmp_path,
+            stop_after=stop,
+            progress=False,
+        )
+        assert (sae is own) == bool(stop)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, sae.state_dict()[name]), name
+    shifted, _ = fit_dictionary(
+        recipe, lambda step: (batches(step), torch.ones(256, 16)), 16, objective=Sum(recipe), progress=False
+    )
+    assert float((shifted.decoder_bias - plain.decoder_bias).detach().mean()) > 0.02
+
+
+@pytest.mark.parametrize(
+    ("sae", "named"),
+    [
+        (SparseAutoencoder(8, 40, MutualChoice(3)), "sae.d_in=8"),
+        (SparseAutoencoder(16, 41, MutualChoice(3)), "sae.n_features=41"),
+        (SparseAutoencoder(16, 40, MutualChoice(4)), "sae.rule"),
+    ],
+)
+def test_a_module_that_the_recipe_is_not_for_is_refused(sae: SparseAutoencoder, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        fit_dictionary(BASE, batches, 16, sae=sae, progress=False)
+
+
 def fit_until(stop: int, recipe: Recipe, folder):
     """A run that pauses after some steps, as Ctrl-C would make it."""
     return fit(recipe, folder=folder, stop_after=stop)

@@ -53,7 +53,6 @@ from apportion.allocate.mesh import Block, Dimension
 from apportion.errors import InputError
 from apportion.features.dictionary import Mode, SparseAutoencoder
 from apportion.features.fitting import (
-    Batches,
     DictionaryObjective,
     Recipe,
     UnitDecoder,
@@ -78,6 +77,8 @@ _SHARDED = (
     "statistics.underused",
 )
 _ROWS_DRAWN_AT_ONCE = 4096
+
+Batches = Callable[[int], Float[Tensor, "tokens d"]]
 
 
 class ShardedStatistics(FeatureStatistics):

@@ -20,7 +20,10 @@ from apportion.features.optimizer import dictionary_adam
 from apportion.features.rules import rule_to_dict
 from apportion.training import Hook, TrainingResult, TrainingSettings, train
 
-Batches = Callable[[int], Float[Tensor, "tokens d"]]
+Batch = Float[Tensor, "tokens d"] | tuple[Tensor, ...]
+"""Activations of a step; or, for objectives that know what to do with more, several tensors whose rows are aligned,
+the input of the dictionary first (targets or gradients of the same tokens, say)."""
+Batches = Callable[[int], Batch]
 
 
 @dataclass(frozen=True)
@@ -100,24 +103,44 @@ class Recipe:
 
 
 class DictionaryObjective:
-    """Loss of a batch under a recipe. Holds no state: what changes from step to step is in the dictionary's buffers."""
+    """Loss of a batch under a recipe. Holds no state: what changes from step to step is in the dictionary's buffers.
+
+    The objective is what knows what a batch holds. One for batches of several tensors overrides ``initialise`` and
+    ``input_and_target``; one with another score, or that decodes to something else, ``codes`` and ``output``.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    def initialise(self, sae: SparseAutoencoder, batch: Batch) -> None:
+        """Prepare the dictionary by a first batch, see ``SparseAutoencoder.initialise_from``."""
+        sae.initialise_from(batch if isinstance(batch, Tensor) else batch[0])
+
+    def input_and_target(self, sae: SparseAutoencoder, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the encoder sees (``SparseAutoencoder.centred``), and what is to be explained, in scaled units."""
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        return sae.centred(x), x * sae.input_scale
+
+    def codes(self, sae: SparseAutoencoder, x: Tensor, batch: Batch, rule: Rule | None) -> Allocation:
+        """The codes of a batch; ``x`` is what ``input_and_target`` made of it."""
+        return sae.encode_centred(x, "batch", rule)
+
+    def output(self, sae: SparseAutoencoder, codes: Allocation, x: Tensor) -> Tensor:
+        """What the codes say of the target, in scaled units."""
+        return sae.decode_scaled(codes)
+
     def __call__(
-        self, sae: SparseAutoencoder, batch: Float[Tensor, "tokens d"], step: int
+        self, sae: SparseAutoencoder, batch: Batch, step: int
     ) -> tuple[Float[Tensor, ""], dict[str, float | Tensor]]:
         """Loss and metrics; updates the dictionary's statistics."""
         recipe = self.recipe
-        target = batch * sae.input_scale
-        x = sae.centred(batch)
+        x, target = self.input_and_target(sae, batch)
         rule = None
         if not isinstance(recipe.rule, LearnedThreshold):
             rule = recipe.phases.rule(recipe.rule, recipe.n_features, step, recipe.steps)
         self._refresh(sae, x, step)
-        codes = sae.encode_centred(x, "batch", rule)
-        output = sae.decode_scaled(codes)
+        codes = self.codes(sae, x, batch, rule)
+        output = self.output(sae, codes, x)
         loss = fvu = self._reconstruction_loss(sae, target, output)
         if not recipe.has_budget:
             loss = loss + self._penalty(sae, x, target, codes.nnz / max(codes.shape[0], 1))
@@ -209,6 +232,8 @@ def fit_dictionary(
     batches: Batches,
     d_in: int,
     *,
+    sae: SparseAutoencoder | None = None,
+    objective: DictionaryObjective | None = None,
     calibration: Callable[[], Iterable[Float[Tensor, "tokens d"]]] | None = None,
     start_from: Callable[[SparseAutoencoder], None] | None = None,
     folder: Path | str | None = None,
@@ -222,8 +247,12 @@ def fit_dictionary(
 
     Args:
         recipe: see ``Recipe``.
-        batches: activations of a step, [batch_size, d_in]; the same step always gives the same batch.
-        d_in: their width.
+        batches: activations of a step, [batch_size, d_in], or a tuple of tensors where the objective wants one; the
+            same step always gives the same batch.
+        d_in: width of the dictionary's input.
+        sae: the dictionary to train in place, of the recipe's rule and size; default a new ``SparseAutoencoder`` of the
+            recipe. Name what is special about it in ``provenance`` if the run has a folder.
+        objective: what is minimised; default ``DictionaryObjective(recipe)``. Name it in ``provenance`` likewise.
         calibration: gives batches of held-out activations for the inference thresholds; without it the running
             estimates of training serve.
         start_from: changes the initialised dictionary before the first step, say to the directions of another one. Name
@@ -238,10 +267,17 @@ def fit_dictionary(
     Returns:
         The dictionary in evaluation mode, in the units of the activations, and how training ended. If training was
         paused before its end the dictionary is neither calibrated nor folded.
+
+    Raises:
+        InputError: ``sae`` is of another width, size or rule than was asked for.
     """
-    sae = SparseAutoencoder(d_in, recipe.n_features, recipe.rule, gated=recipe.gated, seed=recipe.seed)
+    if sae is None:
+        sae = SparseAutoencoder(d_in, recipe.n_features, recipe.rule, gated=recipe.gated, seed=recipe.seed)
+    else:
+        _check_fits(sae, recipe, d_in)
+    objective = objective or DictionaryObjective(recipe)
     sae.precision = recipe.precision
-    sae.initialise_from(batches(0))
+    objective.initialise(sae, batches(0))
     if start_from is not None:
         start_from(sae)
     sae.to(device)
@@ -249,12 +285,11 @@ def fit_dictionary(
     # at least half of it is zeros, and leaving them out saves more than finding the rows that are not costs.
     budget = recipe.rule.mean_budget(recipe.n_features)
     sae.sparse_gradients = budget is not None and budget * recipe.batch_size < recipe.n_features / 2
-    on_device: Batches = batches if str(device) == "cpu" else lambda step: batches(step).to(device)
     planned = recipe.settings(**settings)
     result = train(
         sae,
-        DictionaryObjective(recipe),
-        on_device,
+        objective,
+        batches,
         planned,
         folder,
         hooks=[UnitDecoder()],
@@ -267,6 +302,17 @@ def fit_dictionary(
         return sae, result
     finish_dictionary(sae, recipe, calibration, provenance, device)
     return sae, result
+
+
+def _check_fits(sae: SparseAutoencoder, recipe: Recipe, d_in: int) -> None:
+    for name, found, wanted in (
+        ("d_in", sae.d_in, d_in),
+        ("n_features", sae.n_features, recipe.n_features),
+        ("rule", rule_to_dict(sae.rule), rule_to_dict(recipe.rule)),
+        ("gated", sae.gated, recipe.gated),
+    ):
+        if found != wanted:
+            raise InputError(f"sae.{name}={found}: the recipe and the batches are for {name}={wanted}")
 
 
 def finish_dictionary(
