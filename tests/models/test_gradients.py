@@ -163,6 +163,8 @@ def test_what_has_no_gradient_says_so(llama: Any, bert: Any, input_ids: Tensor) 
         capture_with_gradients(llama, [site], input_ids, lambda logits: torch.zeros(()))
     with pytest.raises(InputError, match="sites is empty"):
         capture_with_gradients(llama, [], input_ids, weigh)
+    with pytest.raises(InputError, match="target is 'truth': choose one of label, sampled"):
+        capture_with_loss_gradients(llama, [site], input_ids, target="truth")
     with pytest.raises(InputError, match="does not predict the next token"):
         capture_with_loss_gradients(bert, [site], input_ids)
     training = copy.deepcopy(llama).train()

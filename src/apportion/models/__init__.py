@@ -1,6 +1,6 @@
 """Transformers models: getting them, and listening (and speaking) at named places inside them."""
 
-from apportion.models.activations import ActivationStore, StoreView
+from apportion.models.activations import ActivationStore, StoreView, gradient_of
 from apportion.models.capture import capture
 from apportion.models.gradients import capture_with_gradients, capture_with_loss_gradients
 from apportion.models.harvest import harvest, join_parts
@@ -29,6 +29,7 @@ __all__ = [
     "capture_with_loss_gradients",
     "edit_heads",
     "fetch",
+    "gradient_of",
     "harvest",
     "head_outputs",
     "join_parts",

@@ -8,7 +8,7 @@ pass ends there: it costs about as much as the forward pass of the blocks above.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ from apportion.models.site import Site
 
 # Maps logits [batch, time, vocab] (of an encoder: its last hidden states) to one number.
 Objective = Callable[[Tensor], Tensor]
-Target = Literal["label", "sampled"]
-TARGETS: tuple[Target, ...] = ("label", "sampled")
+TARGETS = ("label", "sampled")
 
 
 def capture_with_gradients(
@@ -71,7 +70,7 @@ def capture_with_loss_gradients(
     input_ids: Int[Tensor, "batch time"],
     attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"] | None = None,
     *,
-    target: Target = "label",
+    target: str = "label",
     seed: int | Sequence[int] = 0,
 ) -> dict[Site, tuple[Float[Tensor, "batch time _"], Float[Tensor, "batch time _"]]]:
     """`capture_with_gradients` of the sum of all next-token losses, without all logits in memory at once.
