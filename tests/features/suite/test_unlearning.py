@@ -49,7 +49,7 @@ def test_firing_rates_leave_out_first_tokens_and_padding(lm, site, subject):
         x = capture(lm, [site], lm.tokenizer(text, return_tensors="pt")["input_ids"])[site][0, 1:]
         fires.append(subject.sae.encode(x, "threshold").to_dense() > 0)
 
-    torch.testing.assert_close(firing_rates(subject, subject.sae, texts), torch.cat(fires).float().mean(dim=0))
+    torch.testing.assert_close(firing_rates(subject, [subject.sae], texts)[0], torch.cat(fires).float().mean(dim=0))
 
 
 def test_the_likeliest_choice_is_the_answer(lm):
@@ -89,7 +89,7 @@ def test_a_harmful_feature_is_found_and_scored(monkeypatch, subject):
 
     monkeypatch.setattr(unlearning, "edit_codes", edit)
     monkeypatch.setattr(unlearning, "answered_right", answers)
-    rates = iter([torch.rand(64), torch.zeros(64)] * 2)
+    rates = iter([[torch.rand(64)] * 2, [torch.zeros(64)] * 2])
     monkeypatch.setattr(unlearning, "firing_rates", lambda *_: next(rates))
     result = evaluate_unlearning(subject)
 
