@@ -1,9 +1,9 @@
 """What the suite asks of a model, in every family."""
 
 import pytest
-import tiny_families
 import torch
 
+import tiny_families
 from apportion.allocate import Threshold
 from apportion.features import SparseAutoencoder
 from apportion.features.suite import NotApplicable, Subject, evaluate_absorption, evaluate_core, evaluate_ravel
