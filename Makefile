@@ -19,10 +19,14 @@ venv: .venv/.complete ## build .venv with everything that demo, test, lint and d
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,docs]'
 	@touch $@
 
-peers: .venv/.peers ## add SAELens and sparsify, so that the tests of their formats run instead of skipping
+peers: .venv/.peers ## add the peers: the tests of their formats run instead of skipping, and the benchmarks have company
 
+# The last two ask for torchvision, whose registry build is for CUDA and breaks `import transformers` beside a CPU build
+# of torch; what the benchmarks take of them works without it, and without anything else that they ask for.
 .venv/.peers: .venv/.complete
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		dictionary-learning nnsight overcomplete
 	@touch $@
 
 demo: venv ## harvest SmolLM2, train three dictionaries at equal budget, write demo/report.html

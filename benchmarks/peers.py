@@ -7,6 +7,7 @@ are on where they are by default, but nothing is dead yet, so they cost nothing;
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 import types
 import warnings
@@ -70,6 +71,8 @@ def _tried(build: Callable[[Problem], TrainingStep]) -> Callable[[Problem], Trai
 
 
 def _sparsify(problem: Problem, fused: bool | None = None) -> TrainingStep:
+    # Where triton is installed sparsify calls its kernels, also on a machine without a GPU, where they cannot run.
+    os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     library = imported("sparsify")
     shape = problem.shape
     config = library.SparseCoderConfig(num_latents=shape.features, k=shape.budget)

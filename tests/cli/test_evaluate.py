@@ -25,6 +25,17 @@ def test_evaluate_shows_a_table(finished, typed):
     assert "ce_loss_score" not in out
 
 
+def test_evaluate_audits_the_error(finished, typed):
+    outcome = typed("evaluate", finished, "--contexts", "8", "--errors", "--json")
+
+    assert outcome.code == 0, outcome.err
+    found = outcome.json["errors"]["metrics"]
+    assert found["fvu_nonlinear"]["value"] + found["fvu_linear"]["value"] == pytest.approx(found["fvu"]["value"])
+    assert {"r2_error", "r2_squared_norm", "best_scale", "ce_share_linear", "ce_share_nonlinear"} <= set(found)
+    assert {"r2_error", "fvu"} <= {row["metric"] for row in outcome.json["rows"] if row["name"].endswith(", error")}
+    assert "what a linear map of x adds back" in typed("evaluate", finished, "--no-loss", "--errors").out
+
+
 def test_evaluating_again_gives_what_training_gave(finished, typed):
     at_the_end = read_json(finished / "evaluation.json")["metrics"]["fvu"]
 

@@ -16,6 +16,7 @@ from apportion.features import (
     SparseAutoencoder,
     UnitDecoder,
     fit_dictionary,
+    reconstruction_loss,
 )
 from apportion.features.optimizer import dictionary_adam
 from apportion.ops.encode.cpu import scores_memory
@@ -50,12 +51,13 @@ def fit(recipe: Recipe, **more):
         (replace(BASE, rule=TokenChoice(3)), 0.5),
         (BASE, 0.4),
         (replace(BASE, auxiliary="dead", dead_after=1000), 0.4),
+        (replace(BASE, nested=(0.25, 0.5)), 0.5),
         (replace(BASE, rule=FeatureChoice(3, profile=Zipf())), 0.5),
         (replace(BASE, rule=Threshold(0.0), target_l0=3.0, auxiliary="none"), 0.9),
         (replace(BASE, rule=LearnedThreshold(), target_l0=3.0, auxiliary="none"), 0.9),
         (replace(BASE, rule=Threshold(0.0), gated=True, target_l0=3.0, auxiliary="none"), 0.9),
     ],
-    ids=["topk", "mutual+zipf", "mutual+dead", "feature", "relu", "jumprelu", "gated"],
+    ids=["topk", "mutual+zipf", "mutual+dead", "matryoshka", "feature", "relu", "jumprelu", "gated"],
 )
 def test_every_architecture_learns(recipe: Recipe, most: float) -> None:
     sae, result = fit(recipe)
@@ -164,6 +166,55 @@ def test_gradients_are_sparse_where_fewer_than_half_of_the_features_can_win(toke
     torch.testing.assert_close(sae.decoder_weight.detach().norm(dim=1), torch.ones(40))
 
 
+class Sum(DictionaryObjective):
+    """Batches of two tensors: the input, and what to add to it for the target."""
+
+    def input_and_target(self, sae: SparseAutoencoder, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return sae.centred(batch[0]), (batch[0] + batch[1]) * sae.input_scale
+
+
+def pairs(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return batches(step), torch.zeros(256, 16)
+
+
+def test_a_module_and_an_objective_of_ones_own_train_on_batches_of_several_tensors(tmp_path) -> None:
+    plain, _ = fit(replace(BASE, steps=20))
+    own = SparseAutoencoder(16, 40, BASE.rule)
+    recipe = replace(BASE, steps=20)
+    for stop in (7, None):
+        sae, _ = fit_dictionary(
+            recipe,
+            pairs,
+            16,
+            sae=own if stop else SparseAutoencoder(16, 40, BASE.rule),
+            objective=Sum(recipe),
+            calibration=calibration,
+            folder=tmp_path,
+            stop_after=stop,
+            progress=False,
+        )
+        assert (sae is own) == bool(stop)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, sae.state_dict()[name]), name
+    shifted, _ = fit_dictionary(
+        recipe, lambda step: (batches(step), torch.ones(256, 16)), 16, objective=Sum(recipe), progress=False
+    )
+    assert float((shifted.decoder_bias - plain.decoder_bias).detach().mean()) > 0.02
+
+
+@pytest.mark.parametrize(
+    ("sae", "named"),
+    [
+        (SparseAutoencoder(8, 40, MutualChoice(3)), "sae.d_in=8"),
+        (SparseAutoencoder(16, 41, MutualChoice(3)), "sae.n_features=41"),
+        (SparseAutoencoder(16, 40, MutualChoice(4)), "sae.rule"),
+    ],
+)
+def test_a_module_that_the_recipe_is_not_for_is_refused(sae: SparseAutoencoder, named: str) -> None:
+    with pytest.raises(InputError, match=named):
+        fit_dictionary(BASE, batches, 16, sae=sae, progress=False)
+
+
 def fit_until(stop: int, recipe: Recipe, folder):
     """A run that pauses after some steps, as Ctrl-C would make it."""
     return fit(recipe, folder=folder, stop_after=stop)
@@ -189,3 +240,22 @@ def test_silence_is_a_quarter_of_the_run_at_most_ten_million_tokens() -> None:
     assert BASE.silence == 120 * 256 // 4
     assert replace(BASE, steps=10**9).silence == 10_000_000
     assert replace(BASE, dead_after=7).silence == 7
+
+
+@pytest.mark.parametrize("nested", [(0.5, 0.25), (0.5, 0.5), (1.0,), (0.0, 0.5), (0.01,)])
+def test_prefixes_that_are_none_are_refused(nested: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match="nested="):
+        replace(BASE, nested=nested)
+
+
+def test_a_matryoshka_loss_is_the_mean_over_prefixes_that_decode_alone() -> None:
+    recipe = replace(BASE, nested=(0.25, 0.5), auxiliary="none")
+    sae = SparseAutoencoder(16, 40, MutualChoice(3))
+    x = batches(0)
+    loss, metrics = DictionaryObjective(recipe)(sae, x, 0)
+    codes = sae.encode(x, "batch").to_dense()
+    alone = [
+        reconstruction_loss(x, codes[:, :size] @ sae.decoder_weight[:size] + sae.decoder_bias) for size in (10, 20, 40)
+    ]
+    torch.testing.assert_close(loss, torch.stack(alone).mean())
+    torch.testing.assert_close(torch.as_tensor(metrics["fvu"]), alone[-1].detach())

@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -18,7 +19,14 @@ import torch
 
 from apportion.data import Document, corpus
 from apportion.errors import InputError
-from apportion.models import ActivationStore, Site, join_parts, load
+from apportion.models import (
+    ActivationStore,
+    Site,
+    capture_with_loss_gradients,
+    gradient_of,
+    join_parts,
+    load,
+)
 from apportion.models.harvest import harvest
 
 harvest_module = sys.modules["apportion.models.harvest"]
@@ -146,25 +154,35 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("batches", [0, 3, 4, 11])
 def test_an_interrupted_harvest_continues_and_ends_with_the_same_bytes(lm, tmp_path, monkeypatch, batches):
-    make(tmp_path / "whole", lm)
-    capture, calls = harvest_module.capture, []
+    continued_after(batches, "capture", {}, lm, tmp_path, monkeypatch)
 
-    def failing_capture(*arguments):
+
+@pytest.mark.parametrize("gradients", ["label", "sampled"])
+def test_an_interrupted_harvest_of_gradients_ends_with_the_same_bytes(lm, tmp_path, monkeypatch, gradients):
+    continued_after(9, "capture_with_loss_gradients", {"gradients": gradients}, lm, tmp_path, monkeypatch)
+
+
+def continued_after(batches, name, changes, lm, tmp_path, monkeypatch):
+    make(tmp_path / "whole", lm, **changes)
+    capture, calls = getattr(harvest_module, name), []
+
+    def failing_capture(*arguments, **more):
         calls.append(1)
         if len(calls) > batches:
             raise Interrupted
-        return capture(*arguments)
+        return capture(*arguments, **more)
 
-    monkeypatch.setattr(harvest_module, "capture", failing_capture)
+    monkeypatch.setattr(harvest_module, name, failing_capture)
     with pytest.raises(Interrupted):
-        make(tmp_path / "broken", lm)
+        make(tmp_path / "broken", lm, **changes)
     with pytest.raises(InputError, match="not finished"):
         ActivationStore.open(tmp_path / "broken")
     done = len(list((tmp_path / "broken").glob("shard-*")))
     assert done == batches // 4
     calls.clear()
-    monkeypatch.setattr(harvest_module, "capture", lambda *arguments: (calls.append(1), capture(*arguments))[1])
-    make(tmp_path / "broken", lm)
+    counting = lambda *arguments, **more: (calls.append(1), capture(*arguments, **more))[1]  # noqa: E731
+    monkeypatch.setattr(harvest_module, name, counting)
+    make(tmp_path / "broken", lm, **changes)
     assert len(calls) == 25 - 4 * done
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
 
@@ -179,14 +197,19 @@ words = np.random.default_rng(0).integers(0, 10**6, size=(600, 30))
 documents = [Document(str(i), " ".join(map(str, row[: 1 + i % 30]))) for i, row in enumerate(words)]
 lm, folder = load({model!r}), {folder!r}
 settings = dict(context=16, tokens={tokens}, shard_tokens=320, batch_size=5, part={part}, progress=False)
-harvest(lm, "layers.1.residual", documents, folder, **settings)
+harvest(lm, "layers.1.residual", documents, folder, gradients={gradients}, **settings)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("part", "tokens", "inside"), [(None, 16_000, "."), ((1, 2), 32_000, "part-00001-of-00002")])
-def test_a_harvest_killed_at_random_moments_ends_with_the_same_bytes(tiny_llama, tmp_path, part, tokens, inside):
+@pytest.mark.parametrize(
+    ("part", "tokens", "inside", "gradients"),
+    [(None, 16_000, ".", "sampled"), ((1, 2), 32_000, "part-00001-of-00002", None)],
+)
+def test_a_harvest_killed_at_random_moments_ends_with_the_same_bytes(
+    tiny_llama, tmp_path, part, tokens, inside, gradients
+):
     # The processes are forked from one that has imported the libraries, so that their time goes into the harvest.
     context = multiprocessing.get_context("forkserver")
     libraries = ["accelerate", "transformers.generation", "transformers.models.auto.modeling_auto"]
@@ -194,7 +217,11 @@ def test_a_harvest_killed_at_random_moments_ends_with_the_same_bytes(tiny_llama,
 
     def start(folder):
         script = tmp_path / f"{folder.name}.py"
-        script.write_text(HARVEST.format(model=str(tiny_llama), folder=str(folder), part=part, tokens=tokens))
+        script.write_text(
+            HARVEST.format(
+                model=str(tiny_llama), folder=str(folder), part=part, tokens=tokens, gradients=repr(gradients)
+            )
+        )
         process = context.Process(target=runpy.run_path, args=(str(script),))
         process.start()
         return process
@@ -501,6 +528,69 @@ def test_memory_stays_within_what_the_manifest_states(lm, tmp_path, monkeypatch)
     assert used < store.manifest["peak_memory_bytes"] + 30e6
 
 
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("target", ["label", "sampled"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_kept_with_the_activations_that_they_belong_to(lm, tmp_path, target, dtype):
+    sites = [SITE, "layers.2.mlp_out"]
+    store = make(tmp_path / "store", lm, site=sites, dtype=dtype, gradients=target, gradient_seed=7, shard_tokens=4096)
+    token_ids, _, valid, _ = store.contexts(0, 4, SITE)
+    computed = capture_with_loss_gradients(
+        lm, [Site.parse(site) for site in sites], token_ids, target=target, seed=(7, 0, 0, 0)
+    )
+    for site, (x, gradient) in zip(sites, computed.values(), strict=True):
+        found, kept = (store.contexts(0, 4, name)[1] for name in (site, gradient_of(site)))
+        tolerance = 1e-6 if dtype == "float32" else 2**-8
+        torch.testing.assert_close(found, x, rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(kept, gradient * valid[..., None], rtol=tolerance, atol=1e-6)
+        assert kept[valid].ne(0).any()
+        scale = store.manifest["gradient_scales"][site]
+        assert math.log2(scale) == round(math.log2(scale))
+        assert 0.7 < float((gradient / scale).square().mean().sqrt()) < 1.5
+    assert store.gradient_target == store.manifest["made_from"]["gradients"]["target"] == target
+    assert repr(store).endswith(f"layers.1.residual, layers.2.mlp_out with gradients, {dtype})")
+
+
+def test_pairs_are_shuffled_together(lm, tmp_path):
+    store = make(tmp_path / "store", lm, dtype="float32", gradients="label")
+    pairs = store.joint_batches(16, seed=1, sites=[SITE, gradient_of(SITE)])
+    x, gradient = pairs(3)
+    rows = store.batches(16, seed=1, site=SITE).indices(3)
+    assert x.equal(store.read(rows, SITE))
+    assert gradient.equal(store.read(rows, gradient_of(SITE)))
+    for name in (SITE, gradient_of(SITE)):
+        _, in_place, valid, _ = store.contexts(0, store.n_contexts, name)
+        assert in_place[valid].equal(store.read(torch.arange(store.n_tokens), name))
+
+
+def test_a_store_with_gradients_opens_at_its_only_site(lm, tmp_path):
+    make(tmp_path / "store", lm, gradients="label")
+    assert str(ActivationStore.open(tmp_path / "store").site) == SITE
+    at_gradients = ActivationStore.open(tmp_path / "store", SITE).read(torch.arange(5), gradient_of(SITE))
+    assert at_gradients.shape == (5, 32)
+
+
+def test_a_store_without_gradients_says_so(lm, tmp_path):
+    store = make(tmp_path / "store", lm)
+    assert store.gradient_target is None
+    assert "gradient_scales" not in store.manifest
+    with pytest.raises(InputError, match=r"holds no gradients: harvest one that does, with gradients='label'"):
+        store.joint_batches(4, sites=[SITE, gradient_of(SITE)])
+
+
+def test_parts_scale_their_gradients_alike(lm, tmp_path):
+    texts = documents_of_whole_contexts(lm)
+    changes = {"tokens": 100_000, "dtype": "float32", "gradients": "label"}
+    alone = make(tmp_path / "alone", lm, texts, **changes)
+    joined = make_parts(tmp_path / "parts", lm, 2, texts, **changes)
+    assert joined.manifest["gradient_scales"] == alone.manifest["gradient_scales"]
+    expected = alone.read(torch.arange(alone.n_tokens), gradient_of(SITE))
+    found = joined.read(torch.arange(joined.n_tokens), gradient_of(SITE))
+    torch.testing.assert_close(found.norm(dim=1).sort().values, expected.norm(dim=1).sort().values)
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
@@ -522,6 +612,8 @@ def refused(run, *fragments):
         ({"max_norm_ratio": 1.0}, ("max_norm_ratio is 1.0",)),
         ({"shard_tokens": 15}, ("shard_tokens is 15",)),
         ({"site": []}, ("sites is empty",)),
+        ({"gradients": "truth"}, ("gradients is 'truth'", "label, sampled")),
+        ({"gradients": "label", "gradient_seed": -1}, ("gradient_seed is -1",)),
         ({"site": "layers.3.residual"}, ("layers.3.residual", "3 layers")),
         ({"site": "layers.1.mood"}, ("mood",)),
     ],
@@ -542,6 +634,7 @@ def test_too_little_text_is_refused(lm, tmp_path, texts, found):
         ({"batch_size": 8}, ("batch_size is 8, there it was 4",)),
         ({"tokens": 3000}, ("tokens is 3000, there it was 1500",)),
         ({"dtype": "float32"}, ("dtype is 'float32'",)),
+        ({"gradients": "label"}, ("gradients is {'target': 'label', 'seed': 0}, there it was None",)),
         ({"site": "layers.0.residual"}, ("sites is {'layers.0.residual': 32}",)),
         ({"texts": documents(seed=1)}, ("other documents",)),
     ],

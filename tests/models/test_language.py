@@ -208,7 +208,7 @@ def test_logits_are_computed_some_tokens_at_a_time(
     llama: Any, input_ids: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = wrap(llama).loss_per_token(input_ids)
-    monkeypatch.setattr(language, "_LOGITS_AT_ONCE", 5 * 97)
+    monkeypatch.setattr(language, "LOGITS_AT_ONCE", 5 * 97)
     sizes: list[int] = []
     handle = llama.lm_head.register_forward_hook(lambda _, args, logits: sizes.append(logits.shape[0]))
     in_parts = wrap(llama).loss_per_token(input_ids)

@@ -8,6 +8,7 @@ import typer
 
 from apportion.cli import options as given
 from apportion.cli.output import answer, metric_table, result_rows, show, tell
+from apportion.errors import InputError
 
 _SUITE = "Suite"
 
@@ -24,6 +25,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="DIR", help="Measure on these activations instead of the run's own.", show_default=False),
     ] = None,
+    errors: Annotated[
+        bool,
+        typer.Option("--errors", help="Also audit the error: how much is linear in the activation, and what it costs."),
+    ] = False,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +78,8 @@ def evaluate(
 
     started = time.perf_counter()
     if suite is not None:
+        if errors:
+            raise InputError("--errors and --suite are two evaluations: ask for one at a time")
         from apportion.cli.suite import run_suite_of
         from apportion.features.suite import suite_names
 
@@ -101,6 +108,17 @@ def evaluate(
     # A quick look, or one at other text, must not replace what the run is known for.
     if loss and store is None and (run / "run.json").exists():
         write_json(run / "evaluation.json", evaluation)
+    audit = None
+    if errors:
+        from apportion.features.dark_matter import audit_run
+
+        tell("auditing the error on held-out tokens")
+        audit = audit_run(opened.sae, prepared.calibration, prepared.test, spliced, device=device)
+        for warning in audit.warnings:
+            tell(f"warning: {warning}")
+    rows = result_rows(run.name, evaluation)
+    if audit is not None:
+        rows += result_rows(f"{run.name}, error", audit.to_json())
     if json:
         from apportion.studies import machine
 
@@ -109,8 +127,9 @@ def evaluate(
                 "command": "evaluate",
                 "run": str(run),
                 "seeds": [opened.settings["recipe"]["seed"]],
-                "rows": [row.as_dict() for row in result_rows(run.name, evaluation)],
+                "rows": [row.as_dict() for row in rows],
                 "evaluation": evaluation,
+                "errors": None if audit is None else audit.to_json(),
                 "seconds": round(time.perf_counter() - started, 2),
                 "machine": machine(),
             }
@@ -121,4 +140,5 @@ def evaluate(
         metric_table(evaluation),
         "",
         f"{evaluation['tokens']:,} held-out tokens; standard errors over {documents} documents",
+        *([] if audit is None else ["", metric_table(audit.to_json())]),
     )

@@ -9,7 +9,7 @@ from apportion.errors import InputError
 
 if TYPE_CHECKING:
     from apportion.features.run import PreparedStore, TrainedRun
-    from apportion.models import LanguageModel
+    from apportion.models import LanguageModel, Site
     from apportion.report import Metric
 
 # Only what is added to the residual stream speaks the language of the unembedding.
@@ -33,7 +33,7 @@ def write_run_report(
     from apportion.report import Metric, build_report, token_texts, write_report
 
     assert run.evaluation is not None
-    lens = lm.is_causal and Site.parse(prepared.source.site).kind in _SPEAKS_TOKENS
+    lens = speaks_tokens(lm, Site.parse(prepared.source.site))
     zipf = run.evaluation["zipf"]
     # Examples come from all of the text; what judges the dictionary, from the held-out part alone.
     data = build_report(
@@ -58,8 +58,14 @@ def write_run_report(
     return write_report(path, data)
 
 
+def speaks_tokens(lm: "LanguageModel", site: "Site") -> bool:
+    """Whether the logit lens means anything for directions at a site."""
+    return lm.is_causal and site.kind in _SPEAKS_TOKENS
+
+
 def _rule_of(recipe: Mapping[str, Any]) -> str:
-    return str(recipe["rule"]["name"]) + (" (gated)" if recipe["gated"] else "")
+    kind = " (gated)" if recipe["gated"] else " (Matryoshka)" if recipe.get("nested") else ""
+    return str(recipe["rule"]["name"]) + kind
 
 
 def _summary(run: "TrainedRun", prepared: "PreparedStore") -> dict[str, str | int | float]:

@@ -18,7 +18,8 @@ def train(
     model: given.Model,
     site: given.SiteName = None,
     rule: Annotated[
-        str, typer.Option(help="topk, mutual (batchtopk), feature, feature-uniform, relu, jumprelu or gated.")
+        str,
+        typer.Option(help="topk, mutual (batchtopk), matryoshka, feature, feature-uniform, relu, jumprelu or gated."),
     ] = "mutual",
     features: given.Features = None,
     budget: given.Budget = 32,

@@ -2,6 +2,12 @@
 
 from apportion.features.dictionary import Reconstruction, SparseAutoencoder
 from apportion.features.fitting import DictionaryObjective, Recipe, UnitDecoder, fit_dictionary
+from apportion.features.gradient_sae import (
+    GradientScore,
+    attribution_rank,
+    encode_with_gradients,
+    fit_gradient_dictionary,
+)
 from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.losses import aux_k_loss, gated_loss, l0_loss, l1_loss, reconstruction_loss
 from apportion.features.mutual_feature_choice import (
@@ -18,6 +24,7 @@ __all__ = [
     "DictionaryAdam",
     "DictionaryObjective",
     "FeatureStatistics",
+    "GradientScore",
     "LearnedThreshold",
     "Phases",
     "Recipe",
@@ -25,9 +32,12 @@ __all__ = [
     "SparseAutoencoder",
     "UnitDecoder",
     "ZipfFit",
+    "attribution_rank",
     "aux_k_loss",
     "aux_zipf_loss",
+    "encode_with_gradients",
     "fit_dictionary",
+    "fit_gradient_dictionary",
     "fit_zipf",
     "gated_loss",
     "l0_loss",

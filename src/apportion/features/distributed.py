@@ -53,7 +53,6 @@ from apportion.allocate.mesh import Block, Dimension
 from apportion.errors import InputError
 from apportion.features.dictionary import Mode, SparseAutoencoder
 from apportion.features.fitting import (
-    Batches,
     DictionaryObjective,
     Recipe,
     UnitDecoder,
@@ -78,6 +77,8 @@ _SHARDED = (
     "statistics.underused",
 )
 _ROWS_DRAWN_AT_ONCE = 4096
+
+Batches = Callable[[int], Float[Tensor, "tokens d"]]
 
 
 class ShardedStatistics(FeatureStatistics):
@@ -266,6 +267,11 @@ def check_over_mesh(recipe: Recipe) -> None:
     Raises:
         InputError: a rule without a budget or a gated dictionary.
     """
+    if recipe.nested:
+        raise InputError(
+            f"nested={recipe.nested}: over a mesh a prefix of the features is on some processes only: train Matryoshka "
+            "dictionaries on one process"
+        )
     if recipe.gated or not recipe.has_budget:
         raise InputError(
             f"rule={recipe.rule}, gated={recipe.gated}: over a mesh only TokenChoice, MutualChoice and FeatureChoice "

@@ -348,6 +348,18 @@ class SplicedLoss:
         ]
         return {metric.name: metric for metric in metrics}
 
+    def increase(
+        self, replace: Callable[[Tensor], Tensor]
+    ) -> tuple[Float[Tensor, " tokens"], Int64[Tensor, " tokens"]]:
+        """The rise in cross-entropy when ``replace(activations)`` is spliced in, prediction by prediction.
+
+        Returns:
+            The rise in nats of every prediction that counts, and the document that each belongs to.
+        """
+        counted = self._counted()
+        documents = self.documents.unsqueeze(1).expand_as(counted)[counted]
+        return (self._losses(lambda x: replace(x).to(x.dtype)) - self.clean)[counted], documents
+
     def _counted(self) -> Bool[Tensor, "contexts time_minus_1"]:
         """Predictions made from tokens that were spliced."""
         return self.valid[:, :-1]

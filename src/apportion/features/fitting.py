@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,13 @@ from apportion.features.optimizer import dictionary_adam
 from apportion.features.rules import rule_to_dict
 from apportion.training import Hook, TrainingResult, TrainingSettings, train
 
-Batches = Callable[[int], Float[Tensor, "tokens d"]]
+MATRYOSHKA = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
+"""The nested shares of Bussmann et al. 2025 (arXiv 2503.17547): groups of 1/32, 1/16, 1/8, 1/4 and the rest."""
+
+Batch = Float[Tensor, "tokens d"] | tuple[Tensor, ...]
+"""Activations of a step; or, for objectives that know what to do with more, several tensors whose rows are aligned,
+the input of the dictionary first (targets or gradients of the same tokens, say)."""
+Batches = Callable[[int], Batch]
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Recipe:
         steps: optimiser steps.
         batch_size: tokens a step.
         gated: see ``SparseAutoencoder``.
+        nested: shares of the features, ascending; the first so many of them must reconstruct by themselves, too
+            (Matryoshka dictionaries).
         learning_rate: of Adam; default ``2e-4 / sqrt(F / 2**14)``.
         auxiliary: revive features that are underused by Zipf's law (``zipf``), or silent for long (``dead``), or none.
         auxiliary_weight: of that loss.
@@ -51,6 +60,7 @@ class Recipe:
     steps: int
     batch_size: int = 4096
     gated: bool = False
+    nested: tuple[float, ...] = ()
     learning_rate: float | None = None
     auxiliary: Literal["zipf", "dead", "none"] = "zipf"
     auxiliary_weight: float = 1 / 32
@@ -71,6 +81,12 @@ class Recipe:
             raise InputError(f"auxiliary={self.auxiliary!r}: one of zipf, dead, none")
         if self.precision not in ("float32", "bfloat16"):
             raise InputError(f"precision={self.precision!r}: one of float32, bfloat16")
+        shares = (0.0, *self.nested, 1.0)
+        if any(low >= high for low, high in pairwise(shares)) or any(s * self.n_features < 1 for s in self.nested):
+            raise InputError(
+                f"nested={self.nested}: give ascending shares between 0 and 1 of at least one of the {self.n_features} "
+                f"features each, such as {MATRYOSHKA}"
+            )
         if self.target_l0 is not None and not 0 < self.target_l0 <= self.n_features:
             raise InputError(f"target_l0={self.target_l0}: must be above 0 and at most n_features={self.n_features}")
 
@@ -100,25 +116,47 @@ class Recipe:
 
 
 class DictionaryObjective:
-    """Loss of a batch under a recipe. Holds no state: what changes from step to step is in the dictionary's buffers."""
+    """Loss of a batch under a recipe. Holds no state: what changes from step to step is in the dictionary's buffers.
+
+    The objective is what knows what a batch holds. One for batches of several tensors overrides ``initialise`` and
+    ``input_and_target``; one with another score, or that decodes to something else, ``codes`` and ``output``.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    def initialise(self, sae: SparseAutoencoder, batch: Batch) -> None:
+        """Prepare the dictionary by a first batch, see ``SparseAutoencoder.initialise_from``."""
+        sae.initialise_from(batch if isinstance(batch, Tensor) else batch[0])
+
+    def input_and_target(self, sae: SparseAutoencoder, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the encoder sees (``SparseAutoencoder.centred``), and what is to be explained, in scaled units."""
+        x = batch if isinstance(batch, Tensor) else batch[0]
+        return sae.centred(x), x * sae.input_scale
+
+    def codes(self, sae: SparseAutoencoder, x: Tensor, batch: Batch, rule: Rule | None) -> Allocation:
+        """The codes of a batch; ``x`` is what ``input_and_target`` made of it."""
+        return sae.encode_centred(x, "batch", rule)
+
+    def output(self, sae: SparseAutoencoder, codes: Allocation, x: Tensor) -> Tensor:
+        """What the codes say of the target, in scaled units."""
+        return sae.decode_scaled(codes)
+
     def __call__(
-        self, sae: SparseAutoencoder, batch: Float[Tensor, "tokens d"], step: int
+        self, sae: SparseAutoencoder, batch: Batch, step: int
     ) -> tuple[Float[Tensor, ""], dict[str, float | Tensor]]:
         """Loss and metrics; updates the dictionary's statistics."""
         recipe = self.recipe
-        target = batch * sae.input_scale
-        x = sae.centred(batch)
+        x, target = self.input_and_target(sae, batch)
         rule = None
         if not isinstance(recipe.rule, LearnedThreshold):
             rule = recipe.phases.rule(recipe.rule, recipe.n_features, step, recipe.steps)
         self._refresh(sae, x, step)
-        codes = sae.encode_centred(x, "batch", rule)
-        output = sae.decode_scaled(codes)
+        codes = self.codes(sae, x, batch, rule)
+        output = self.output(sae, codes, x)
         loss = fvu = self._reconstruction_loss(sae, target, output)
+        if recipe.nested:
+            loss = self._nested_loss(sae, x, target, codes, fvu)
         if not recipe.has_budget:
             loss = loss + self._penalty(sae, x, target, codes.nnz / max(codes.shape[0], 1))
         if recipe.auxiliary != "none" and step > 0:
@@ -128,6 +166,19 @@ class DictionaryObjective:
         if isinstance(recipe.rule, FeatureChoice) and isinstance(rule, MutualChoice):
             sae.statistics.update_demand(codes.detach())
         return loss, {"fvu": fvu.detach(), **self._counts(sae, codes)}
+
+    def _nested_loss(self, sae: SparseAutoencoder, x: Tensor, target: Tensor, codes: Allocation, fvu: Tensor) -> Tensor:
+        """The mean of what the dictionary and each of its prefixes leave unexplained (Matryoshka dictionaries).
+
+        Early features must be useful without the later ones, which keeps general features from being absorbed by
+        special ones (Bussmann et al. 2025, arXiv 2503.17547). The code is that of the whole dictionary; a prefix
+        decodes its part of it. The paper sums; with the mean an auxiliary loss weighs as much as without prefixes.
+        """
+        losses = [fvu]
+        for share in self.recipe.nested:
+            prefix = codes.keep(codes.col_indices < int(share * self.recipe.n_features))
+            losses.append(self._reconstruction_loss(sae, target, self.output(sae, prefix, x)))
+        return torch.stack(losses).mean()
 
     def _reconstruction_loss(self, sae: SparseAutoencoder, target: Tensor, output: Tensor) -> Tensor:
         return reconstruction_loss(target, output)
@@ -209,6 +260,8 @@ def fit_dictionary(
     batches: Batches,
     d_in: int,
     *,
+    sae: SparseAutoencoder | None = None,
+    objective: DictionaryObjective | None = None,
     calibration: Callable[[], Iterable[Float[Tensor, "tokens d"]]] | None = None,
     start_from: Callable[[SparseAutoencoder], None] | None = None,
     folder: Path | str | None = None,
@@ -222,8 +275,12 @@ def fit_dictionary(
 
     Args:
         recipe: see ``Recipe``.
-        batches: activations of a step, [batch_size, d_in]; the same step always gives the same batch.
-        d_in: their width.
+        batches: activations of a step, [batch_size, d_in], or a tuple of tensors where the objective wants one; the
+            same step always gives the same batch.
+        d_in: width of the dictionary's input.
+        sae: the dictionary to train in place, of the recipe's rule and size; default a new ``SparseAutoencoder`` of the
+            recipe. Name what is special about it in ``provenance`` if the run has a folder.
+        objective: what is minimised; default ``DictionaryObjective(recipe)``. Name it in ``provenance`` likewise.
         calibration: gives batches of held-out activations for the inference thresholds; without it the running
             estimates of training serve.
         start_from: changes the initialised dictionary before the first step, say to the directions of another one. Name
@@ -238,10 +295,17 @@ def fit_dictionary(
     Returns:
         The dictionary in evaluation mode, in the units of the activations, and how training ended. If training was
         paused before its end the dictionary is neither calibrated nor folded.
+
+    Raises:
+        InputError: ``sae`` is of another width, size or rule than was asked for.
     """
-    sae = SparseAutoencoder(d_in, recipe.n_features, recipe.rule, gated=recipe.gated, seed=recipe.seed)
+    if sae is None:
+        sae = SparseAutoencoder(d_in, recipe.n_features, recipe.rule, gated=recipe.gated, seed=recipe.seed)
+    else:
+        _check_fits(sae, recipe, d_in)
+    objective = objective or DictionaryObjective(recipe)
     sae.precision = recipe.precision
-    sae.initialise_from(batches(0))
+    objective.initialise(sae, batches(0))
     if start_from is not None:
         start_from(sae)
     sae.to(device)
@@ -249,12 +313,11 @@ def fit_dictionary(
     # at least half of it is zeros, and leaving them out saves more than finding the rows that are not costs.
     budget = recipe.rule.mean_budget(recipe.n_features)
     sae.sparse_gradients = budget is not None and budget * recipe.batch_size < recipe.n_features / 2
-    on_device: Batches = batches if str(device) == "cpu" else lambda step: batches(step).to(device)
     planned = recipe.settings(**settings)
     result = train(
         sae,
-        DictionaryObjective(recipe),
-        on_device,
+        objective,
+        batches,
         planned,
         folder,
         hooks=[UnitDecoder()],
@@ -267,6 +330,17 @@ def fit_dictionary(
         return sae, result
     finish_dictionary(sae, recipe, calibration, provenance, device)
     return sae, result
+
+
+def _check_fits(sae: SparseAutoencoder, recipe: Recipe, d_in: int) -> None:
+    for name, found, wanted in (
+        ("d_in", sae.d_in, d_in),
+        ("n_features", sae.n_features, recipe.n_features),
+        ("rule", rule_to_dict(sae.rule), rule_to_dict(recipe.rule)),
+        ("gated", sae.gated, recipe.gated),
+    ):
+        if found != wanted:
+            raise InputError(f"sae.{name}={found}: the recipe and the batches are for {name}={wanted}")
 
 
 def finish_dictionary(

@@ -31,7 +31,7 @@ from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.distributed import fit_dictionary_over_mesh
 from apportion.features.evaluate import SplicedLoss, evaluate_reconstruction
-from apportion.features.fitting import Recipe, fit_dictionary
+from apportion.features.fitting import MATRYOSHKA, Recipe, fit_dictionary
 from apportion.features.job import Job
 from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.mutual_feature_choice import Phases
@@ -44,6 +44,7 @@ FORMAT = "apportion.run/1"
 RULES: dict[str, str] = {
     "topk": "every token gets exactly the budget (TopK)",
     "mutual": "the best pairs of the batch, budget a token on average (Mutual Choice, BatchTopK)",
+    "matryoshka": "mutual, and each of four prefixes of the features must reconstruct by itself (Matryoshka BatchTopK)",
     "feature": "every feature gets its share of tokens by Zipf's law (Feature Choice)",
     "feature-uniform": "every feature gets the same share of tokens (Feature Choice)",
     "relu": "all positive scores, an L1 penalty steered to the budget",
@@ -234,6 +235,7 @@ def make_recipe(
         steps=steps,
         batch_size=_LARGEST_BATCH if batch_size is None else batch_size,
         gated=rule == "gated",
+        nested=MATRYOSHKA if rule == "matryoshka" else (),
         learning_rate=learning_rate,
         auxiliary=auxiliary or default_auxiliary,  # type: ignore[arg-type]
         # Uniform quotas leave no ranks to learn from a Mutual Choice phase.
@@ -251,6 +253,7 @@ def _rule(name: str, budget: float) -> Rule | LearnedThreshold:
         return TokenChoice(int(budget))
     rules: dict[str, Callable[[], Rule | LearnedThreshold]] = {
         "mutual": lambda: MutualChoice(budget),
+        "matryoshka": lambda: MutualChoice(budget),
         "feature": lambda: FeatureChoice(budget, profile=Zipf()),
         "feature-uniform": lambda: FeatureChoice(budget, profile=Uniform()),
         "relu": lambda: Threshold(0.0),

@@ -130,7 +130,7 @@ def edit_codes(
             ``positions="generated"`` meets a model without key-value cache.
     """
     read, write = _sites(model, dictionary, site, output_site)
-    _check_positions(positions)
+    check_positions(positions)
     weight = dictionary.decoder_weight
     codes: list[Allocation] = []
 
@@ -198,7 +198,7 @@ def steer(
             yield
         return
     _, write = _sites(model, dictionary, site, output_site)
-    _check_positions(positions)
+    check_positions(positions)
     direction = decoded_change(dictionary, strengths)
 
     def shift(activations: Tensor) -> Tensor:
@@ -266,7 +266,12 @@ def _sites(
 _VERBS = {"site": "reads", "output_site": "writes"}
 
 
-def _check_positions(positions: Positions) -> None:
+def check_positions(positions: Positions) -> None:
+    """Refuse a name of positions that is none.
+
+    Raises:
+        InputError: lists those that there are.
+    """
     if isinstance(positions, str) and positions not in POSITIONS:
         raise InputError(f"positions={positions!r}: one of {', '.join(POSITIONS)}, or a boolean mask [batch, time]")
 

@@ -4,6 +4,7 @@ Every shard is an ordinary safetensors file that any tool can open. It holds who
 
     token_ids, document, position   int32  [contexts, T]    position counts within the document; -1 for a leading BOS
     <site>, one tensor per site            [contexts, T, width]   bfloat16 or float32
+    <site>.gradient, where asked for       [contexts, T, width]   the same; times a scale that the manifest has
     valid                           uint8  [contexts, T]    0 for tokens that training and evaluation leave out
 
 A shard belongs to a store once the manifest lists it with its size and checksum. ``harvest`` writes stores.
@@ -40,6 +41,7 @@ from apportion.models.site import Site
 FORMAT = "apportion-activation-store"
 VERSION = 1
 MANIFEST = "manifest.json"
+_GRADIENT = ".gradient"
 PARTS = "part-*-of-*"
 # numpy has no bfloat16: its bits travel as uint16 until torch reads them.
 STORED: dict[str, tuple[str, np.dtype]] = {"bfloat16": ("BF16", np.dtype("<u2")), "float32": ("F32", np.dtype("<f4"))}
@@ -52,6 +54,18 @@ _NUMPY_OF: dict[str, np.dtype] = {
 # Fewer contexts than this in a held-out stretch, and the mixed ones at its ends begin to weigh.
 _CONTEXTS_PER_STRETCH = 20
 _ROUNDS = 6
+
+
+def gradient_of(site: Site | str) -> str:
+    """What the gradients at a site are called wherever a store is asked for a site, see `harvest`."""
+    return f"{site}{_GRADIENT}"
+
+
+def stored_widths(made_from: dict[str, Any]) -> dict[str, int]:
+    """The width of everything that a store keeps for every token: its sites, then their gradients."""
+    sites: dict[str, int] = made_from["sites"]
+    gradients = {gradient_of(site): width for site, width in sites.items()} if made_from.get("gradients") else {}
+    return sites | gradients
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ def shard_layout(
     Args:
         contexts: how many contexts it will hold.
         length: tokens per context.
-        widths: width of every site.
+        widths: width of every site, see `stored_widths`.
         dtype: ``bfloat16`` or ``float32``.
         identity: the store's identity, which tells its shards from those of other stores.
         label: which shard of the store it is: its number, or ``part/number``.
@@ -160,7 +174,12 @@ class Shard:
             raise InputError(f"shard {self.path} has {found} bytes where the manifest has {entry['bytes']}: {remedy}")
         made_from, label = manifest["made_from"], entry.get("shard", str(index))
         header, self._places, _ = shard_layout(
-            self.n_contexts, made_from["context"], made_from["sites"], made_from["dtype"], identity_of(manifest), label
+            self.n_contexts,
+            made_from["context"],
+            stored_widths(made_from),
+            made_from["dtype"],
+            identity_of(manifest),
+            label,
         )
         with self.path.open("rb") as file:
             if file.read(len(header)) != header:
@@ -248,7 +267,8 @@ class StoreView:
 
         Args:
             indices: from 0 to ``n_tokens - 1``.
-            site: needed where the store has several and was opened without naming one.
+            site: needed where the store has several and was opened without naming one. ``gradient_of(site)`` reads the
+                gradients there instead of the activations, here and wherever a site is asked for.
 
         Raises:
             IndexError: an index is out of range.
@@ -371,17 +391,22 @@ class ActivationStore(StoreView):
         sites: the sites it holds.
         site: the site that is read where none is named; None if there are several and none was chosen.
         parts: how many processes harvested it; document i is in part ``i % parts``.
+        gradient_target: whose loss the gradients are of, see `harvest`; None if the store holds none.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], site: Site | None):
         self.folder = folder
         self.manifest = manifest
-        self._widths: dict[str, int] = manifest["made_from"]["sites"]
-        self.sites = tuple(Site.parse(name) for name in self._widths)
+        self._widths = stored_widths(manifest["made_from"])
+        self._scales: dict[str, float] = {
+            gradient_of(site): scale for site, scale in (manifest.get("gradient_scales") or {}).items()
+        }
+        self.sites = tuple(Site.parse(name) for name in manifest["made_from"]["sites"])
         self.site = self.sites[0] if site is None and len(self.sites) == 1 else site
         self.length: int = manifest["made_from"]["context"]
         self.dtype: str = manifest["made_from"]["dtype"]
         self.parts: int = manifest["made_from"].get("parts", 1)
+        self.gradient_target: str | None = (manifest["made_from"].get("gradients") or {}).get("target")
         self._shards = [Shard(folder, manifest, index) for index in range(len(manifest["shards"]))]
         self._first_rows = np.cumsum([0] + [shard.n_rows for shard in self._shards])
         self._first_contexts = np.cumsum([0] + [shard.n_contexts for shard in self._shards])
@@ -418,7 +443,7 @@ class ActivationStore(StoreView):
         return store
 
     def __repr__(self) -> str:
-        sites = ", ".join(self._widths)
+        sites = ", ".join(map(str, self.sites)) + (" with gradients" if self.gradient_target else "")
         return f"ActivationStore({str(self.folder)!r}: {self.n_tokens:,} tokens of {sites}, {self.dtype})"
 
     @property
@@ -482,7 +507,7 @@ class ActivationStore(StoreView):
         bits = self._gather(
             rows, lambda shard: shard.tensor(name).reshape(-1, self._widths[name]), STORED[self.dtype][1]
         )
-        activations = self._as_float(bits)
+        activations = self._as_float(bits, name)
         if not _is_finite(activations):
             worst = int(torch.isfinite(activations).all(dim=1).logical_not().nonzero()[0, 0])
             shard = self._shards[int(np.searchsorted(self._first_rows, rows[worst], side="right")) - 1]
@@ -515,12 +540,12 @@ class ActivationStore(StoreView):
             document[into] = shard.tensor("document")[local]
             valid[into] = shard.tensor("valid")[local]
             np.take(shard.tensor(name), local, axis=0, out=bits[into], mode="clip")
-            if not _is_finite(self._as_float(bits[into])):
+            if not _is_finite(self._as_float(bits[into], name)):
                 raise ValueError(
                     f"an activation of {name} in {shard.path} is not finite: run verify(), then harvest again"
                 )
         numbers = (torch.from_numpy(token_ids), torch.from_numpy(valid), torch.from_numpy(document[:, 0].copy()))
-        return numbers[0], self._as_float(bits), numbers[1], numbers[2]
+        return numbers[0], self._as_float(bits, name), numbers[1], numbers[2]
 
     def _gather(self, rows: np.ndarray, table_of: Callable[[Shard], np.ndarray], dtype: np.dtype) -> np.ndarray:
         # Neighbours on disk are read together.
@@ -543,15 +568,21 @@ class ActivationStore(StoreView):
         spans = zip(self._shards, firsts, pairwise(cuts), strict=False)
         return [(shard, ascending[a:b] - first, slice(a, b)) for shard, first, (a, b) in spans if a < b]
 
-    def _as_float(self, bits: np.ndarray) -> Tensor:
-        if self.dtype == "float32":
-            return torch.from_numpy(bits)
-        return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
+    def _as_float(self, bits: np.ndarray, name: str) -> Tensor:
+        stored = torch.from_numpy(bits)
+        if self.dtype != "float32":
+            stored = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float()
+        return stored * self._scales[name] if name in self._scales else stored
 
     def _name_of(self, site: Site | str | None) -> str:
         chosen = self.site if site is None else site
         if chosen is None:
             raise InputError(f"the store {self.folder} holds several sites: name one of {', '.join(self._widths)}")
+        if str(chosen) not in self._widths and str(chosen).endswith(_GRADIENT) and self.gradient_target is None:
+            raise InputError(
+                f"the store {self.folder} holds no gradients: harvest one that does, with gradients='label' or "
+                "gradients='sampled'"
+            )
         if str(chosen) not in self._widths:
             raise InputError(
                 f"site {str(chosen)!r} is not in the store {self.folder}: it holds {', '.join(self._widths)}"
@@ -620,7 +651,8 @@ class JointBatches:
         view: the rows.
         batch_size: rows per batch.
         seed: of the order.
-        sites: which, in the order in which a batch has them.
+        sites: which, in the order in which a batch has them; ``[site, gradient_of(site)]`` gives activations with
+            their gradients.
 
     Raises:
         InputError: see `ShuffledBatches`; or no sites.

@@ -31,11 +31,14 @@ from apportion.models.activations import (
     VERSION,
     ActivationStore,
     Place,
+    gradient_of,
     identity_of,
     read_manifest,
     shard_layout,
+    stored_widths,
 )
 from apportion.models.capture import capture
+from apportion.models.gradients import TARGETS, capture_with_loss_gradients
 from apportion.models.language import LanguageModel
 from apportion.models.site import Site
 
@@ -64,6 +67,8 @@ def harvest(
     max_norm_ratio: float | None = 10.0,
     shard_tokens: int = 65_536,
     part: tuple[int, int] | None = None,
+    gradients: str | None = None,
+    gradient_seed: int = 0,
     progress: bool = True,
 ) -> ActivationStore:
     """Run a model over documents and keep its activations at some sites on disk.
@@ -81,6 +86,14 @@ def harvest(
     Beside the model and its forward pass it holds the activations of one batch (in the model's dtype, in float32 one
     site at a time, and as stored) and the token ids of one shard, since activations go to the shard's file batch by
     batch. The manifest states the figure, ``peak_memory_bytes``.
+
+    With ``gradients`` every activation is kept with the gradient there of the sum of the next-token losses of its
+    context (in nats, not divided by the number of tokens); one forward pass of the whole model and one backward pass
+    down to the lowest site give both. They are stored in ``dtype``, divided by a power of two per site that brings
+    those of the first batch to a root mean square near 1, so that no type underflows; reading multiplies it back
+    (`gradient_of`). A token that is left out has gradient 0, and with ``label`` the last one of each context, which has
+    nothing to predict. The forward and backward pass need more memory than a forward pass alone, which is not in the
+    figure.
 
     Several processes (or jobs, one after the other or on many machines) share a harvest by calling this with the same
     arguments but for ``part``. They need not know of each other; when all are done, `join_parts` makes one store of
@@ -105,6 +118,9 @@ def harvest(
         max_norm_ratio: leave out tokens with larger norms than this many medians; None keeps them all.
         shard_tokens: tokens per shard, at most; what a kill can cost is the time of one shard.
         part: which part of how many, as ``(0, 4)`` to ``(3, 4)``; it goes into a folder of its own in ``folder``.
+        gradients: keep gradients, too, of the loss on the tokens that follow (``label``) or on tokens drawn from the
+            model's own distribution (``sampled``).
+        gradient_seed: of that draw.
         progress: show a bar on stderr.
 
     Returns:
@@ -120,6 +136,7 @@ def harvest(
     widths = {str(site): site.width(lm) for site in chosen}
     _check_part(part)
     _check_numbers(lm, context, tokens, dtype, batch_size, max_norm_ratio, shard_tokens, part)
+    _check_gradients(lm, gradients, gradient_seed)
     stream = _ContextStream(documents, lm.tokenizer, context, part or (0, 1))
     made_from: dict[str, Any] = {
         "model": lm.fingerprint,
@@ -136,6 +153,8 @@ def harvest(
         "first_token": stream.first,
         "between_documents": stream.between,
     }
+    if gradients is not None:
+        made_from["gradients"] = {"target": gradients, "seed": gradient_seed}
     folder = Path(folder)
     with contextlib.ExitStack() as locks:
         if part is not None:
@@ -285,10 +304,22 @@ class _Harvest:
         first = _ContextStream(documents, self.lm.tokenizer, self.wanted["context"]).take(count).token_ids
         if len(first):
             valid = self._valid_by_place(first)
-            self._set_medians({site: _norms(x, site) for site, x in self._captured(first).items()}, valid)
+            activations, gradients = self._captured(first, (0, 0, 0))
+            self._set_medians({site: _norms(x, site) for site, x in activations.items()}, valid)
+            self._set_scales(gradients)
 
-    def _captured(self, token_ids: Int32[np.ndarray, "contexts time"]) -> dict[Site, Tensor]:
-        return capture(self.lm, self.sites, torch.from_numpy(token_ids.astype(np.int64)).to(self.lm.device))
+    def _captured(
+        self, token_ids: Int32[np.ndarray, "contexts time"], place: tuple[int, int, int]
+    ) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+        """The activations of a batch, and gradients where they are wanted; ``place`` is part, shard and row there."""
+        on_device = torch.from_numpy(token_ids.astype(np.int64)).to(self.lm.device)
+        wanted = self.wanted.get("gradients")
+        if wanted is None:
+            return capture(self.lm, self.sites, on_device), {}
+        found = capture_with_loss_gradients(
+            self.lm, self.sites, on_device, target=wanted["target"], seed=(wanted["seed"], *place)
+        )
+        return {site: x for site, (x, _) in found.items()}, {site: gradient for site, (_, gradient) in found.items()}
 
     def _valid_by_place(self, token_ids: Int32[np.ndarray, "contexts time"]) -> np.ndarray:
         valid = np.ones(token_ids.shape, np.bool_)
@@ -299,13 +330,21 @@ class _Harvest:
     def _set_medians(self, norms: dict[Site, np.ndarray], valid: np.ndarray) -> None:
         self.manifest["norm_medians"] = {str(site): float(np.median(norm[valid])) for site, norm in norms.items()}
 
+    def _set_scales(self, gradients: dict[Site, Tensor]) -> None:
+        if gradients:
+            sizes = {str(site): float(gradient.float().square().mean().sqrt()) for site, gradient in gradients.items()}
+            # Powers of two change no digit.
+            self.manifest["gradient_scales"] = {
+                site: 2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0 for site, size in sizes.items()
+            }
+
     def _write_shard(self, contexts: "_Contexts") -> dict[str, Any]:
         index, count = len(self.manifest["shards"]), len(contexts.token_ids)
         label = f"{self.manifest['part']}/{index}" if "part" in self.manifest else str(index)
         header, places, size = shard_layout(
             count,
             self.wanted["context"],
-            self.wanted["sites"],
+            stored_widths(self.wanted),
             self.wanted["dtype"],
             identity_of(self.manifest),
             label,
@@ -320,7 +359,8 @@ class _Harvest:
                 _put(file, places[name], 0, getattr(contexts, name))
             for start in range(0, count, self.wanted["batch_size"]):
                 stop = min(start + self.wanted["batch_size"], count)
-                valid[start:stop] = self._write_batch(file, places, start, contexts.token_ids[start:stop])
+                where = (self.manifest.get("part", 0), index, start)
+                valid[start:stop] = self._write_batch(file, places, where, contexts.token_ids[start:stop])
                 self.advance(int(valid[start:stop].sum()))
             _put(file, places["valid"], 0, valid)
             file.flush()
@@ -338,17 +378,27 @@ class _Harvest:
         }
 
     def _write_batch(
-        self, file: BinaryIO, places: dict[str, Place], start: int, token_ids: Int32[np.ndarray, "contexts time"]
+        self,
+        file: BinaryIO,
+        places: dict[str, Place],
+        where: tuple[int, int, int],
+        token_ids: Int32[np.ndarray, "contexts time"],
     ) -> np.ndarray:
-        captured, valid = self._captured(token_ids), self._valid_by_place(token_ids)
-        norms = {site: _norms(activations, site) for site, activations in captured.items()}
+        (activations, gradients), valid = self._captured(token_ids, where), self._valid_by_place(token_ids)
+        norms = {site: _norms(x, site) for site, x in activations.items()}
         if self.manifest["norm_medians"] is None:
             self._set_medians(norms, valid)
-        ratio = self.wanted["max_norm_ratio"]
-        for site, activations in captured.items():
+            self._set_scales(gradients)
+        ratio, dtype, start = self.wanted["max_norm_ratio"], self.wanted["dtype"], where[-1]
+        for site, x in activations.items():
             if ratio is not None:
                 valid &= norms[site] <= ratio * self.manifest["norm_medians"][str(site)]
-            _put(file, places[str(site)], start, _as_stored(activations, self.wanted["dtype"]))
+            _put(file, places[str(site)], start, _as_stored(x, dtype))
+        for site, gradient in gradients.items():
+            _norms(gradient, site)
+            kept = torch.from_numpy(valid).to(gradient.device).unsqueeze(-1)
+            scaled = gradient.float().where(kept, 0.0) / self.manifest["gradient_scales"][str(site)]
+            _put(file, places[gradient_of(site)], start, _as_stored(scaled, dtype))
         return valid
 
 
@@ -511,7 +561,9 @@ def _check_room_for_parts(folder: Path, parts: int) -> None:
 
 def _differences(asked: dict[str, Any], there: dict[str, Any]) -> list[str]:
     return [
-        f"{name} is {asked.get(name)!r}, there it was {was!r}" for name, was in there.items() if asked.get(name) != was
+        f"{name} is {asked.get(name)!r}, there it was {there.get(name)!r}"
+        for name in there | asked
+        if asked.get(name) != there.get(name)
     ]
 
 
@@ -542,7 +594,7 @@ def _start_or_resume(
         )
     if any(folder.iterdir()):
         raise InputError(f"folder {folder} is not empty and holds no harvest: choose a new folder")
-    context, width = made_from["context"], sum(made_from["sites"].values())
+    context, width = made_from["context"], sum(stored_widths(made_from).values())
     model_bytes = torch.finfo(getattr(torch, made_from["model_dtype"])).bits // 8
     per_token = width * (model_bytes + STORED[made_from["dtype"]][1].itemsize) + 4 * max(made_from["sites"].values())
     # Three int32 a token, thrice over while contexts are cut from documents.
@@ -557,6 +609,7 @@ def _start_or_resume(
         "made_from": made_from,
         "peak_memory_bytes": made_from["batch_size"] * context * per_token + shard_bytes,
         "norm_medians": None,
+        **({"gradient_scales": None} if "gradients" in made_from else {}),
         "shards": [],
     }
     write_json(folder / MANIFEST, manifest)
@@ -693,6 +746,17 @@ def _parse(sites: Site | str | Sequence[Site | str]) -> list[Site]:
 def _check_part(part: tuple[int, int] | None) -> None:
     if part is not None and not 0 <= part[0] < part[1]:
         raise InputError(f"part is {part}: give (number, parts) with the number from 0 to parts - 1, such as (0, 4)")
+
+
+def _check_gradients(lm: LanguageModel, target: str | None, seed: int) -> None:
+    if target is None:
+        return
+    if target not in TARGETS:
+        raise InputError(f"gradients is {target!r}: choose one of {', '.join(TARGETS)}, or None to keep none")
+    if seed < 0:
+        raise InputError(f"gradient_seed is {seed}: it must not be negative")
+    if not lm.is_causal:
+        raise InputError(f"gradients is {target!r}, but {lm.name} does not predict the next token: it has no loss")
 
 
 def _check_numbers(

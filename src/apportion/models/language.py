@@ -16,9 +16,10 @@ from apportion.errors import InputError
 from apportion.models.families import base_of, blocks_of, final_norm_of, finish_logits, layout_of, projection_out_of
 from apportion.models.packaged import PACKAGES, fetched
 from apportion.models.quiet import quiet_transformers
+from apportion.models.site import Site
 
 # Logits of this many numbers at a time: 64 MiB in float32, some 340 tokens of SmolLM2's vocabulary.
-_LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**24
 
 
 @dataclass(eq=False)
@@ -51,6 +52,16 @@ class LanguageModel:
     def n_layers(self) -> int:
         """The number of blocks."""
         return len(blocks_of(self.model))
+
+    @property
+    def n_heads(self) -> int:
+        """The number of query heads of a block."""
+        return int(self.model.config.get_text_config().num_attention_heads)
+
+    @property
+    def head_width(self) -> int:
+        """The width of a head's output; all heads side by side may be wider than the residual stream."""
+        return Site(0, "heads").width(self.model) // self.n_heads
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +115,7 @@ class LanguageModel:
         targets = input_ids[:, 1:].flatten().long()
         head = self.model.get_output_embeddings()
         losses = torch.empty(len(targets), device=hidden.device)
-        step = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+        step = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
         for start in range(0, len(targets), step):
             part = slice(start, start + step)
             logits = finish_logits(self.model, head(hidden[part]).float())

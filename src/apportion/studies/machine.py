@@ -1,6 +1,8 @@
-"""The machine that something was measured on, in words."""
+"""The machine that something was measured on, in words, and how much of it a measurement takes."""
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +14,17 @@ def machine() -> str:
     name = f"{len(cores)} x {cores[0]}" if cores else processor()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}{gpu}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """In a ``with`` block torch computes on one thread: small products only lose by being shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def processor() -> str:
