@@ -112,7 +112,10 @@ def evaluate_unlearning(
     for questions in (data.forget_questions, data.side_questions):
         right = answered_right(subject.lm, questions, data.letters)
         chance = float(np.mean([1 / len(question.choices) for question in questions]))
-        known.append([question for question, good in zip(questions, right, strict=True) if good][:max_questions])
+        answered = [question for question, good in zip(questions, right, strict=True) if good]
+        # Evenly over all of them, which come by subject.
+        places = np.linspace(0, len(answered) - 1, min(max_questions, len(answered))).astype(int)
+        known.append([answered[place] for place in places])
         accuracy.append((float(np.mean(right)), chance))
     said = (
         f"{subject.lm.name} answers {accuracy[0][0]:.0%} of the {len(data.forget_questions)} questions on what is to "
