@@ -1,6 +1,8 @@
 """Unlearning: choice, clamp and score, the stand-in, and data of one's own."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -136,3 +138,35 @@ def test_data_that_are_not_as_described_are_refused(folder, name, content, said)
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=said):
         read_unlearning_data(folder)
+
+
+def test_the_hubs_data_are_what_saebench_uses(monkeypatch):
+    """With a hub that is made up: the forget corpus is given out on request only."""
+    asked = []
+
+    def load_dataset(identifier, config=None, split=None, streaming=False):
+        asked.append((identifier, config, split))
+        if identifier == "cais/wmdp-bio-forget-corpus":
+            raise PermissionError("gated")
+        if identifier == "Salesforce/wikitext":
+            return [{"text": "short"}, {"text": "long " * 20}]
+        return [{"question": f"{config}?", "choices": ["a", "b", "c", "d"], "answer": 2}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    data = read_unlearning_data("hf")
+
+    assert asked[0] == ("cais/wmdp", "wmdp-bio", "test")
+    assert data.forget_questions == [Question("wmdp-bio", "wmdp-bio?", ("a", "b", "c", "d"), 2)]
+    assert len(data.side_questions) == 4
+    assert data.forget == ["wmdp-bio? c"]
+    assert data.retain == ["long " * 20]
+    assert data.letters
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch):
+    def load_dataset(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match="no route to host"):
+        read_unlearning_data("hf")
