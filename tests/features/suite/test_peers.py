@@ -32,8 +32,8 @@ from apportion.features.suite.units import ActivationUnits, Subject
 from apportion.features.suite.unlearning import chosen_features, unlearning_score
 from apportion.models import Site, capture, load
 
-# Importing the peers takes half a minute.
-pytestmark = pytest.mark.slow
+# Importing the peers takes half a minute, and much more on a busy machine.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 D, F = 6, 20
 SITE = Site.parse("layers.1.residual")

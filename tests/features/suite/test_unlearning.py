@@ -1,6 +1,8 @@
 """Unlearning: choice, clamp and score, the stand-in, and data of one's own."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_firing_rates_leave_out_first_tokens_and_padding(lm, site, subject):
         x = capture(lm, [site], lm.tokenizer(text, return_tensors="pt")["input_ids"])[site][0, 1:]
         fires.append(subject.sae.encode(x, "threshold").to_dense() > 0)
 
-    torch.testing.assert_close(firing_rates(subject, subject.sae, texts), torch.cat(fires).float().mean(dim=0))
+    torch.testing.assert_close(firing_rates(subject, [subject.sae], texts)[0], torch.cat(fires).float().mean(dim=0))
 
 
 def test_the_likeliest_choice_is_the_answer(lm):
@@ -89,7 +91,7 @@ def test_a_harmful_feature_is_found_and_scored(monkeypatch, subject):
 
     monkeypatch.setattr(unlearning, "edit_codes", edit)
     monkeypatch.setattr(unlearning, "answered_right", answers)
-    rates = iter([torch.rand(64), torch.zeros(64)] * 2)
+    rates = iter([[torch.rand(64)] * 2, [torch.zeros(64)] * 2])
     monkeypatch.setattr(unlearning, "firing_rates", lambda *_: next(rates))
     result = evaluate_unlearning(subject)
 
@@ -136,3 +138,35 @@ def test_data_that_are_not_as_described_are_refused(folder, name, content, said)
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=said):
         read_unlearning_data(folder)
+
+
+def test_the_hubs_data_are_what_saebench_uses(monkeypatch):
+    """With a hub that is made up: the forget corpus is given out on request only."""
+    asked = []
+
+    def load_dataset(identifier, config=None, split=None, streaming=False):
+        asked.append((identifier, config, split))
+        if identifier == "cais/wmdp-bio-forget-corpus":
+            raise PermissionError("gated")
+        if identifier == "Salesforce/wikitext":
+            return [{"text": "short"}, {"text": "long " * 20}]
+        return [{"question": f"{config}?", "choices": ["a", "b", "c", "d"], "answer": 2}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    data = read_unlearning_data("hf")
+
+    assert asked[0] == ("cais/wmdp", "wmdp-bio", "test")
+    assert data.forget_questions == [Question("wmdp-bio", "wmdp-bio?", ("a", "b", "c", "d"), 2)]
+    assert len(data.side_questions) == 4
+    assert data.forget == ["wmdp-bio? c"]
+    assert data.retain == ["long " * 20]
+    assert data.letters
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch):
+    def load_dataset(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(InputError, match="no route to host"):
+        read_unlearning_data("hf")

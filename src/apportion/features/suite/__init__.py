@@ -80,7 +80,7 @@ class Sizes:
     questions: int
 
 
-QUICK = Sizes(16, 60, 30, 48, 48, 150, 40, 40)
+QUICK = Sizes(16, 50, 25, 48, 32, 150, 40, 24)
 FULL = Sizes(160, 400, 100, 128, 500, 1000, 250, 200)
 SIZES = {"quick": QUICK, "full": FULL}
 

@@ -64,17 +64,9 @@ def evaluate_sparse_probing(
     by_set: dict[str, dict[str, dict[str, float]]] = {}
     for each in sets:
         by_set[each.name] = _one_set(subject, each, units, ks, context, full_probes, seed)
-    names = [f"top_{k}" for k in ks] + (["full"] if full_probes else [])
-    found = {
-        unit: {name: _over_sets(by_set, unit, name, len(subject.sae.decoder_weight)) for name in names}
-        for unit in units
-    }
-    own = {_figure("sae", name): _renamed(found[""][name], _figure("sae", name)) for name in names}
-    own |= {_figure("llm", name): _renamed(found[ACTIVATIONS][name], _figure("llm", name)) for name in names}
-    controls = {RANDOM: {_figure("sae", name): _renamed(found[RANDOM][name], _figure("sae", name)) for name in names}}
-    controls[ACTIVATIONS] = {
-        _figure("sae", name): _renamed(found[ACTIVATIONS][name], _figure("sae", name)) for name in names
-    }
+    probes = [f"top_{k}" for k in ks] + (["full"] if full_probes else [])
+    own = _figures(by_set, "", probes, "sae") | _figures(by_set, ACTIVATIONS, probes, "llm")
+    controls = {control: _figures(by_set, control, probes, "sae") for control in (RANDOM, ACTIVATIONS)}
     return SuiteResult(
         "sparse_probing",
         own,
@@ -84,24 +76,24 @@ def evaluate_sparse_probing(
     )
 
 
-def _figure(kind: str, name: str) -> str:
-    return f"{kind}_test_accuracy" if name == "full" else f"{kind}_{name}_test_accuracy"
-
-
-def _renamed(metric: Metric, name: str) -> Metric:
-    return Metric(name, metric.value, metric.stderr, metric.n, metric.definition)
-
-
-def _over_sets(by_set: dict[str, dict[str, dict[str, float]]], unit: str, name: str, features: int) -> Metric:
-    """The mean over sets of the mean over classes; the error is over all classes."""
-    per_set = [
-        list(classes.values()) for found in by_set.values() if (classes := found[f"{unit or 'features'} {name}"])
-    ]
-    what = "all units" if name == "full" else f"the {name.removeprefix('top_')} best units"
-    definition = f"test accuracy of one-against-rest probes on {what}, over classes and sets; chance is 0.5"
-    flat = [value for values in per_set for value in values]
-    value = sum(sum(values) / len(values) for values in per_set) / len(per_set)
-    return Metric(name, value, mean_metric(name, flat, "").stderr, len(flat), definition)
+def _figures(
+    by_set: dict[str, dict[str, dict[str, float]]], unit: str, probes: Sequence[str], kind: str
+) -> dict[str, Metric]:
+    """Means over sets of the means over classes; standard errors are over all classes."""
+    figures = {}
+    for probe in probes:
+        name = f"{kind}_test_accuracy" if probe == "full" else f"{kind}_{probe}_test_accuracy"
+        per_set = [list(found[f"{unit or 'features'} {probe}"].values()) for found in by_set.values()]
+        flat = [value for values in per_set for value in values]
+        what = "all units" if probe == "full" else f"the best {probe.removeprefix('top_')} of all units"
+        figures[name] = Metric(
+            name,
+            sum(sum(values) / len(values) for values in per_set) / len(per_set),
+            mean_metric(name, flat, "").stderr,
+            len(flat),
+            f"test accuracy of one-against-rest probes on {what}, over classes and sets; chance is 0.5",
+        )
+    return figures
 
 
 def _one_set(

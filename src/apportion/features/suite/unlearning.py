@@ -54,7 +54,7 @@ RETAIN_THRESHOLDS, N_FEATURES, MULTIPLIERS = (0.001, 0.01), (10, 20), (25, 50, 1
 _SIDE_EFFECTS, _LEAST_QUESTIONS = 0.99, 10
 _TEXTS_AT_ONCE, _QUESTIONS_AT_ONCE = 32, 32
 _CONTEXT = 128
-_RETAINED = 120
+_RETAINED = 80
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,10 @@ def evaluate_unlearning(
     for questions in (data.forget_questions, data.side_questions):
         right = answered_right(subject.lm, questions, data.letters)
         chance = float(np.mean([1 / len(question.choices) for question in questions]))
-        known.append([question for question, good in zip(questions, right, strict=True) if good][:max_questions])
+        answered = [question for question, good in zip(questions, right, strict=True) if good]
+        # Evenly over all of them, which come by subject.
+        places = np.linspace(0, len(answered) - 1, min(max_questions, len(answered))).astype(int)
+        known.append([answered[place] for place in places])
         accuracy.append((float(np.mean(right)), chance))
     said = (
         f"{subject.lm.name} answers {accuracy[0][0]:.0%} of the {len(data.forget_questions)} questions on what is to "
@@ -121,10 +124,13 @@ def evaluate_unlearning(
     if min(map(len, known)) < _LEAST_QUESTIONS or accuracy[0][0] < (1 + accuracy[0][1]) / 2:
         raise NotApplicable(f"{said}: what a model does not know it cannot forget")
     retain = data.retain or [document.text[:600] for document in islice(corpus("english"), _RETAINED)]
-    found = {}
-    for name, sae in (("", subject.sae), (RANDOM, subject.random_dictionary())):
-        rates = [firing_rates(subject, sae, texts) for texts in (data.forget, retain)]
-        found[name] = _settings(subject, sae, rates, known, data.letters, retain_thresholds, n_features, multipliers)
+    dictionaries = {"": subject.sae, RANDOM: subject.random_dictionary()}
+    rates = [firing_rates(subject, list(dictionaries.values()), texts) for texts in (data.forget, retain)]
+    grid = [(t, n, m) for t in retain_thresholds for n in n_features for m in multipliers]
+    found = {
+        name: _settings(subject, sae, [each[place] for each in rates], known, data.letters, grid)
+        for place, (name, sae) in enumerate(dictionaries.items())
+    }
     figures = {name: _figures(rows, len(known[0])) for name, rows in found.items()}
     return SuiteResult(
         "unlearning",
@@ -157,10 +163,10 @@ def unlearning_score(settings: Sequence[dict[str, Any]]) -> float:
 
 @torch.no_grad()
 def firing_rates(
-    subject: Subject, sae: SparseAutoencoder, texts: Sequence[str], context: int = _CONTEXT
-) -> Float[Tensor, "features"]:
-    """The share of tokens, the first of each text left out, on which each feature fires."""
-    fires, tokens = torch.zeros(sae.n_features), 0
+    subject: Subject, dictionaries: Sequence[SparseAutoencoder], texts: Sequence[str], context: int = _CONTEXT
+) -> list[Float[Tensor, "features"]]:
+    """Of each dictionary the share of tokens, the first of each text left out, on which each feature fires."""
+    fires, tokens = [torch.zeros(sae.n_features) for sae in dictionaries], 0
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
         rows = [
             subject.lm.tokenizer(text, verbose=False)["input_ids"][:context]
@@ -170,10 +176,11 @@ def firing_rates(
         x = capture(subject.lm, [subject.site], ids.to(subject.device), mask.to(subject.device))[subject.site]
         counted = mask.bool()
         counted[:, 0] = False
-        codes = sae.encode(x[counted.to(x.device)].float(), "threshold")
-        fires += codes.winners_per_column().cpu()
+        for total, sae in zip(fires, dictionaries, strict=True):
+            codes = sae.encode(x[counted.to(x.device)].float(), "threshold")
+            total += codes.winners_per_column().cpu()
         tokens += int(counted.sum())
-    return fires / max(tokens, 1)
+    return [total / max(tokens, 1) for total in fires]
 
 
 def clamping_active(features: Tensor, value: float) -> Edit:
@@ -192,35 +199,30 @@ def _settings(
     rates: Sequence[Tensor],
     known: Sequence[Sequence[Question]],
     letters: bool,
-    retain_thresholds: Sequence[float],
-    n_features: Sequence[int],
-    multipliers: Sequence[float],
+    grid: Sequence[tuple[float, int, float]],
 ) -> list[dict[str, Any]]:
+    """Both accuracies at every threshold, number of features and multiplier; equal choices are measured once."""
     rows: list[dict[str, Any]] = []
     done: dict[tuple[tuple[int, ...], float], tuple[float, float]] = {}
     # Codes are in units of scaled activations.
     scale = float(sae.input_scale)
-    for threshold in retain_thresholds:
-        ranked = chosen_features(rates[0], rates[1], threshold)
-        for n in n_features:
-            features = ranked[:n]
-            for multiplier in multipliers:
-                key = (tuple(features.tolist()), multiplier)
-                if key not in done:
-                    edit = clamping_active(features, -multiplier * scale)
-                    with edit_codes(subject.lm, subject.site, sae, edit):
-                        forget, side = (float(np.mean(answered_right(subject.lm, each, letters))) for each in known)
-                    done[key] = (forget, side)
-                rows.append(
-                    {
-                        "retain_threshold": threshold,
-                        "n_features": n,
-                        "features_clamped": len(features),
-                        "multiplier": multiplier,
-                        "forget_accuracy": done[key][0],
-                        "side_effect_accuracy": done[key][1],
-                    }
-                )
+    for threshold, n, multiplier in grid:
+        features = chosen_features(rates[0], rates[1], threshold)[:n]
+        key = (tuple(features.tolist()), multiplier)
+        if key not in done:
+            with edit_codes(subject.lm, subject.site, sae, clamping_active(features, -multiplier * scale)):
+                forget, side = (float(np.mean(answered_right(subject.lm, each, letters))) for each in known)
+            done[key] = (forget, side)
+        rows.append(
+            {
+                "retain_threshold": threshold,
+                "n_features": n,
+                "features_clamped": len(features),
+                "multiplier": multiplier,
+                "forget_accuracy": done[key][0],
+                "side_effect_accuracy": done[key][1],
+            }
+        )
     return rows
 
 
