@@ -1,7 +1,9 @@
 """Dictionary features per token: who gets the budget?"""
 
 from apportion.features.dictionary import Reconstruction, SparseAutoencoder
+from apportion.features.discrete_circuits import CodeSettings, find_circuit
 from apportion.features.fitting import DictionaryObjective, Recipe, UnitDecoder, fit_dictionary
+from apportion.features.head_scores import HeadScores, label_heads, roc_auc
 from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.losses import aux_k_loss, gated_loss, l0_loss, l1_loss, reconstruction_loss
 from apportion.features.mutual_feature_choice import (
@@ -15,9 +17,11 @@ from apportion.features.optimizer import DictionaryAdam
 from apportion.features.statistics import FeatureStatistics
 
 __all__ = [
+    "CodeSettings",
     "DictionaryAdam",
     "DictionaryObjective",
     "FeatureStatistics",
+    "HeadScores",
     "LearnedThreshold",
     "Phases",
     "Recipe",
@@ -27,11 +31,14 @@ __all__ = [
     "ZipfFit",
     "aux_k_loss",
     "aux_zipf_loss",
+    "find_circuit",
     "fit_dictionary",
     "fit_zipf",
     "gated_loss",
     "l0_loss",
     "l1_loss",
+    "label_heads",
     "reconstruction_loss",
+    "roc_auc",
     "underused_features",
 ]

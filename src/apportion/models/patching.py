@@ -70,6 +70,7 @@ def ablate_heads(
     kind: Literal["mean", "zero"] = "mean",
     *,
     metric: MetricChoice = "task",
+    means_over: TokenPairs | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "pairs layers heads"]:
     """The effect of ablating every head, one at a time, by exact recomputation.
@@ -80,13 +81,19 @@ def ablate_heads(
         kind: ``zero``: the head puts out nothing. ``mean``: it puts out its mean at that position over all prompts of
             the task, clean and counterfactual.
         metric: as for `patch_heads`.
+        means_over: more pairs of the same task and length to take the means over; None takes those that are ablated.
         progress: is called with the layers done and their number.
 
     Raises:
         InputError: an unknown kind or metric.
     """
     if kind == "mean":
-        replacement = mean_outputs(model, pairs)
+        replacement = mean_outputs(model, pairs if means_over is None else means_over)
+        if replacement.shape[1] != pairs.clean.input_ids.shape[1]:
+            raise InputError(
+                f"means_over has {replacement.shape[1]} tokens a prompt and the pairs have "
+                f"{pairs.clean.input_ids.shape[1]}: use pairs of the same task and length"
+            )
     elif kind == "zero":
         width = (model.n_layers, model.n_heads, model.head_width)
         replacement = torch.zeros(1, pairs.clean.input_ids.shape[1], *width, device=model.device)
