@@ -58,10 +58,11 @@ def test_the_heads_together_write_what_the_attention_puts_out(lm: LanguageModel,
         assert write_weight(lm, layer).shape == (lm.n_heads, lm.head_width, lm.d_model)
 
 
-def test_a_restart_predicts_what_a_whole_pass_does(lm: LanguageModel) -> None:
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_restart_predicts_what_a_whole_pass_does(lm: LanguageModel, first: int) -> None:
     prompts = token_pairs().clean
     whole = predict(lm, prompts)
-    restart = Restart(lm, prompts)
+    restart = Restart(lm, prompts, first)
     for layer in range(lm.n_layers):
         twice = restart.logits(layer, copies=2)
         torch.testing.assert_close(twice, torch.cat([whole, whole]), rtol=1e-4, atol=1e-5)

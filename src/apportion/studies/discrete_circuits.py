@@ -117,13 +117,16 @@ class _Real:
     pairs: int = 60
     label_pairs: int = 32
     label_pairs_docstring: int = 16
-    ablated_pairs: int = 16
     attributed_pairs: int = 10
     search: bool = True
 
     def labelling(self, task: _Task) -> int:
         """Pairs that label the heads; docstring's are long."""
         return self.label_pairs_docstring if task.name == "docstring" else self.label_pairs
+
+    def ablating(self, task: _Task) -> int:
+        """Pairs whose heads are ablated."""
+        return max(1, self.labelling(task) // 3)
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ _SIZES: dict[Scale, _Size] = {
     "smoke": _Size(worlds=1, epochs=200),
     "default": _Size(
         worlds=3,
-        real=_Real(pairs=40, label_pairs=8, label_pairs_docstring=4, ablated_pairs=3, attributed_pairs=5, search=False),
+        real=_Real(pairs=30, label_pairs=6, label_pairs_docstring=3, attributed_pairs=4, search=False),
     ),
     "long": _Size(real=_Real()),
     "gpu": _Size(real=_Real(device="cuda", pairs=250, label_pairs=128, label_pairs_docstring=64)),
@@ -304,7 +307,7 @@ class _Trials:
             }
             started = time.perf_counter()
             pairs = self.pairs(task, 32, _LABEL_SEED + 1)
-            ablated = ablate_heads(self.lm, pairs.select(slice(0, self.size.ablated_pairs)), means_over=pairs)
+            ablated = ablate_heads(self.lm, pairs.select(slice(0, self.size.ablating(task))), means_over=pairs)
             ablation = HeadScores("", ablated.mean(0).abs().cpu(), time.perf_counter() - started)
             return {"the model itself": model, "mean ablation of each head": self._judged(ablation, effects)}
 
