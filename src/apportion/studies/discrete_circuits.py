@@ -326,7 +326,7 @@ class _Trials:
             pairs = self.pairs(task, self.size.pairs, seed)
             scores = self._scores(task, pairs, seed, searched)
             figures = {each.name: self._judged(each, effects) | each.notes for each in scores}
-            self._add_faithfulness(figures, scores, self.pairs(task, 8, _LABEL_SEED + 2), seed)
+            self._add_faithfulness(figures, scores, self.pairs(task, 4, _LABEL_SEED + 2), seed)
             return figures
 
         settings = [asdict(self.size), task.name, seed, str(searched)]
