@@ -1,6 +1,7 @@
 """Dictionary features per token: who gets the budget?"""
 
 from apportion.features.dictionary import Reconstruction, SparseAutoencoder
+from apportion.features.discrete_circuits import CodeSettings, find_circuit
 from apportion.features.fitting import DictionaryObjective, Recipe, UnitDecoder, fit_dictionary
 from apportion.features.gradient_sae import (
     GradientScore,
@@ -8,6 +9,7 @@ from apportion.features.gradient_sae import (
     encode_with_gradients,
     fit_gradient_dictionary,
 )
+from apportion.features.head_scores import HeadScores, label_heads, roc_auc
 from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.losses import aux_k_loss, gated_loss, l0_loss, l1_loss, reconstruction_loss
 from apportion.features.mutual_feature_choice import (
@@ -21,10 +23,12 @@ from apportion.features.optimizer import DictionaryAdam
 from apportion.features.statistics import FeatureStatistics
 
 __all__ = [
+    "CodeSettings",
     "DictionaryAdam",
     "DictionaryObjective",
     "FeatureStatistics",
     "GradientScore",
+    "HeadScores",
     "LearnedThreshold",
     "Phases",
     "Recipe",
@@ -36,12 +40,15 @@ __all__ = [
     "aux_k_loss",
     "aux_zipf_loss",
     "encode_with_gradients",
+    "find_circuit",
     "fit_dictionary",
     "fit_gradient_dictionary",
     "fit_zipf",
     "gated_loss",
     "l0_loss",
     "l1_loss",
+    "label_heads",
     "reconstruction_loss",
+    "roc_auc",
     "underused_features",
 ]
