@@ -13,6 +13,7 @@ from apportion.features.mutual_feature_choice import (
 )
 from apportion.features.optimizer import DictionaryAdam
 from apportion.features.statistics import FeatureStatistics
+from apportion.features.supervised_dictionaries import SupervisedDictionary, fit_supervised
 
 __all__ = [
     "DictionaryAdam",
@@ -23,11 +24,13 @@ __all__ = [
     "Recipe",
     "Reconstruction",
     "SparseAutoencoder",
+    "SupervisedDictionary",
     "UnitDecoder",
     "ZipfFit",
     "aux_k_loss",
     "aux_zipf_loss",
     "fit_dictionary",
+    "fit_supervised",
     "fit_zipf",
     "gated_loss",
     "l0_loss",
