@@ -21,6 +21,7 @@ from apportion.features.mutual_feature_choice import (
 )
 from apportion.features.optimizer import DictionaryAdam
 from apportion.features.statistics import FeatureStatistics
+from apportion.features.supervised_dictionaries import SupervisedDictionary, fit_supervised
 
 __all__ = [
     "CodeSettings",
@@ -34,6 +35,7 @@ __all__ = [
     "Recipe",
     "Reconstruction",
     "SparseAutoencoder",
+    "SupervisedDictionary",
     "UnitDecoder",
     "ZipfFit",
     "attribution_rank",
@@ -43,6 +45,7 @@ __all__ = [
     "find_circuit",
     "fit_dictionary",
     "fit_gradient_dictionary",
+    "fit_supervised",
     "fit_zipf",
     "gated_loss",
     "l0_loss",
