@@ -124,6 +124,7 @@ class DataOptions:
     held_out: float
     store: Path | None
     device: str
+    gradients: str | None = None
 
     def prepare(self, check: Callable[[int], Any], job: "Job | None" = None) -> "tuple[LanguageModel, PreparedStore]":
         """Check everything that can be checked, then find or harvest the activations.
@@ -140,6 +141,8 @@ class DataOptions:
         text = self.text if self.dataset is None else f"hf:{self.dataset}"
         if self.store_dtype not in ("bfloat16", "float32"):
             raise InputError(f"--store-dtype {self.store_dtype}: one of bfloat16, float32")
+        if self.gradients not in (None, "label", "sampled"):
+            raise InputError(f"--gradient-target {self.gradients}: one of label, sampled")
         if self.site is not None:
             with about("--site"):
                 Site.parse(self.site)
@@ -162,6 +165,7 @@ class DataOptions:
             self.store_dtype,  # type: ignore[arg-type]
             self.model_dtype,
             self.held_out,
+            self.gradients,  # type: ignore[arg-type]
         )
         check(site.width(lm))
         return lm, prepare_store(source, lm=lm, folder=self.store, job=job)

@@ -9,6 +9,7 @@ import typer
 from apportion.cli import options as given
 from apportion.cli.errors import about
 from apportion.cli.output import HEADLINE, answer, metric_table, result_rows, show
+from apportion.errors import InputError
 
 if TYPE_CHECKING:
     from apportion.features import Recipe
@@ -42,6 +43,18 @@ def train(
     learning_rate: given.LearningRate = None,
     auxiliary: given.Auxiliary = None,
     precision: given.Precision = "float32",
+    gradient_weight: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BETA",
+            help="Let the loss's gradients help to choose features (gradient SAE); 0.1 to 3, 1 doubles the score of a "
+            "feature of average effect.",
+            show_default=False,
+        ),
+    ] = None,
+    gradient_target: Annotated[
+        str, typer.Option(help="Whose loss with --gradient-weight: of the true next tokens (label), or sampled ones.")
+    ] = "label",
     checkpoint_every: given.CheckpointEvery = None,
     tensorboard: given.TensorBoard = False,
     model_dtype: given.ModelDtype = "float32",
@@ -56,6 +69,7 @@ def train(
 
     Example: [cyan]apportion train smollm2 --site layers.9.residual --rule topk --tokens 200000 --out runs/topk[/cyan]
     """
+    from apportion.features import GradientScore
     from apportion.features.distributed import check_over_mesh
     from apportion.features.job import join_job
     from apportion.features.run import (
@@ -88,6 +102,11 @@ def train(
 
     # What needs no model is checked before one is loaded; a width to fit the budget stands in for the model's.
     planned = recipe(max(1, int(budget) + 1), tokens)
+    score = None if gradient_weight is None else GradientScore(gradient_weight)
+    if score is not None and not planned.has_budget:
+        raise InputError(
+            f"--gradient-weight and --rule {rule}: gradients help to share out a budget; use topk or mutual"
+        )
     job = join_job(mesh, device)
     if job.mesh is not None:
         check_over_mesh(planned)
@@ -95,7 +114,18 @@ def train(
         with about("--out"):
             check_run_folder(out)
     data = given.DataOptions(
-        model, site, text, dataset, tokens, context, store_dtype, model_dtype, held_out, store, job.device
+        model,
+        site,
+        text,
+        dataset,
+        tokens,
+        context,
+        store_dtype,
+        model_dtype,
+        held_out,
+        store,
+        job.device,
+        None if score is None else gradient_target,
     )
     lm, prepared = data.prepare(lambda width: recipe(width, tokens), job)
     place = out or given.default_out(model, prepared.source.site, rule, str(seed))
@@ -106,6 +136,7 @@ def train(
         place,
         prepared,
         recipe(prepared.train.width, prepared.train.n_tokens),
+        score=score,
         judge=lambda sae: evaluate_dictionary(sae, prepared, spliced_loss(prepared, lm), device=job.device),
         device=job.device,
         job=job,

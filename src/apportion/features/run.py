@@ -32,10 +32,11 @@ from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.distributed import fit_dictionary_over_mesh
 from apportion.features.evaluate import SplicedLoss, evaluate_reconstruction
 from apportion.features.fitting import MATRYOSHKA, Recipe, fit_dictionary
+from apportion.features.gradient_sae import GradientScore, fit_gradient_dictionary
 from apportion.features.job import Job
 from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.mutual_feature_choice import Phases
-from apportion.models import LanguageModel, Site, cache_dir, harvest, join_parts, load
+from apportion.models import LanguageModel, Site, cache_dir, gradient_of, harvest, join_parts, load
 from apportion.models.activations import ActivationStore, StoreView, read_manifest
 from apportion.models.packaged import PACKAGES
 from apportion.training.state import differences
@@ -78,6 +79,7 @@ class ActivationSource:
         model_dtype: of the model.
         held_out: share of the tokens that training does not see; thresholds are calibrated on one half of it, quality
             is measured on the other.
+        gradients: keep gradients of the loss, too: ``label``, ``sampled`` or None; see ``harvest``.
     """
 
     model: str
@@ -88,6 +90,7 @@ class ActivationSource:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     model_dtype: str = "float32"
     held_out: float = 0.2
+    gradients: Literal["label", "sampled"] | None = None
 
     def __post_init__(self) -> None:
         Site.parse(self.site)
@@ -285,6 +288,7 @@ def store_folder(source: ActivationSource, lm: LanguageModel) -> Path:
         "tokens": source.tokens,
         "context": source.context,
         "dtype": source.dtype,
+        **({"gradients": source.gradients} if source.gradients else {}),
     }
     digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
     parts = (Path(source.model).name, source.site, Path(source.text).name, digest)
@@ -345,6 +349,7 @@ def prepare_store(
         context=source.context,
         tokens=source.tokens,
         dtype=source.dtype,
+        gradients=source.gradients,
         progress=progress,
     )
     if complete or parts == 1:
@@ -471,6 +476,7 @@ def train_run(
     prepared: PreparedStore,
     recipe: Recipe,
     *,
+    score: GradientScore | None = None,
     judge: Callable[[SparseAutoencoder], dict[str, Any]] | None = None,
     device: str = "cpu",
     progress: bool = True,
@@ -483,6 +489,7 @@ def train_run(
         folder: of the run; new, empty, or of the same run.
         prepared: the activations.
         recipe: how to train.
+        score: let gradients help to choose the winners, see ``fit_gradient_dictionary``; the source must have them.
         judge: measures the finished dictionary, see ``evaluate_dictionary``; None leaves it unmeasured.
         device: where to train.
         progress: show it on stderr.
@@ -497,11 +504,14 @@ def train_run(
     """
     folder, job = Path(folder), job or Job()
     progress = progress and job.first
+    if score is not None and job.mesh is not None:
+        raise InputError("a gradient-weighted dictionary is trained by one process: leave out the mesh, or the score")
     check_run_folder(folder)
+    provenance = prepared.provenance | ({"gradient_score": asdict(score)} if score is not None else {})
     content = {
         "format": FORMAT,
         "recipe": recipe.to_json(),
-        "provenance": prepared.provenance,
+        "provenance": provenance,
         "source": _portable(prepared.source),
         "store_folder": str(prepared.store.folder.resolve()),
     }
@@ -521,10 +531,17 @@ def train_run(
             progress,
             f"training: {recipe.steps:,} steps of {recipe.batch_size:,} tokens, {recipe.n_features:,} features{over}",
         )
-        fit = fit_dictionary if job.mesh is None else partial(fit_dictionary_over_mesh, mesh=job.mesh)
+        fit: Callable[..., Any] = fit_dictionary
+        batches: Any = prepared.train.batches(recipe.batch_size, recipe.seed)
+        if job.mesh is not None:
+            fit = partial(fit_dictionary_over_mesh, mesh=job.mesh)
+        if score is not None:
+            fit = partial(fit_gradient_dictionary, score=score)
+            site = prepared.source.site
+            batches = prepared.train.joint_batches(recipe.batch_size, recipe.seed, sites=[site, gradient_of(site)])
         sae, result = fit(
             recipe,
-            prepared.train.batches(recipe.batch_size, recipe.seed),
+            batches,
             prepared.train.width,
             # One calibrated dictionary is enough.
             calibration=prepared.calibration_batches if job.first else None,
@@ -535,7 +552,7 @@ def train_run(
             **settings,
         )
         resumed_from = result.resumed_from
-        sae.metadata = {**sae.metadata, "provenance": prepared.provenance, "source": content["source"]}
+        sae.metadata = {**sae.metadata, "provenance": provenance, "source": content["source"]}
         if job.first:
             sae.to(device).save(dictionary)
     if not job.first:
