@@ -99,7 +99,9 @@ def compare_dictionaries(
                 "page": str(place) if page else None,
                 "method": matching.method,
                 "seeds": [seed for seed in seeds if seed is not None],
-                "rows": [ResultRow(" and ".join(names), name, value, None, 1).as_dict() for name, value, _ in figures],
+                "rows": [
+                    ResultRow(" and ".join(names), name, float(value), None, 1).as_dict() for name, value, _ in figures
+                ],
                 "definitions": {name: says for name, _, says in figures},
                 "notes": notes,
                 "seconds": round(time.perf_counter() - started, 2),
@@ -201,7 +203,5 @@ def _table(figures: list[tuple[str, float, str]]) -> Any:
     for name, justify in (("figure", "left"), ("value", "right"), ("what it says", "left")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for name, value, says in figures:
-        table.add_row(
-            Text(name), f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.3f}", Text(says)
-        )
+        table.add_row(Text(name), f"{value:,}" if isinstance(value, int) else f"{value:.3f}", Text(says))
     return table

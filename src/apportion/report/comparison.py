@@ -131,7 +131,7 @@ def comparison_figures(data: Comparison) -> list[tuple[str, float, str]]:
     n_a, n_b = len(data.a.best.indices), len(data.b.best.indices)
     alone_a, alone_b = matching.alone(n_a, n_b)
     how = "the assignment of largest total" if matching.method == "hungarian" else "greedily, the most alike first"
-    found = [
+    found: list[tuple[str, float, str]] = [
         ("pairs", len(matching.a), f"partners by |decoder cosine|, one to one ({how})"),
         ("shared", matching.shared(), f"pairs whose cosine is at least {SHARED_AT:g}"),
         ("shared_share_a", matching.shared() / n_a, "of the features of the first"),
@@ -153,13 +153,13 @@ def comparison_figures(data: Comparison) -> list[tuple[str, float, str]]:
             ("overlap", data.activations.overlap, "tokens on which both fire / on which either does, mean of shared"),
         ):
             found.append((f"mean_{name}", float(values[kept].mean()) if kept.any() else float("nan"), says))
-    return [(name, float(value), says) for name, value, says in found]
+    return found
 
 
 def _number(value: float) -> str:
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.3f}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3f}" if np.isfinite(value) else "–"
 
 
 def _charts(data: Comparison) -> list[Chart]:
@@ -186,6 +186,13 @@ def _charts(data: Comparison) -> list[Chart]:
             )
         )
     return [Chart(readable(each.title), readable(each.note), readable(each.svg)) for each in charts]
+
+
+def _visible(text: str) -> str:
+    """A token on one line, without characters that would hide or turn the text around them about."""
+    for mark, sign in (("\n", "↵"), ("\r", "␍"), ("\t", "⇥")):
+        text = text.replace(mark, sign)
+    return "".join(each if each == " " or each.isprintable() else f"⟨{ord(each):X}⟩" for each in text)
 
 
 class _Shown:
@@ -259,7 +266,7 @@ class _Shown:
         for token, value in zip(contexts.token_ids[feature, slot], contexts.activations[feature, slot], strict=True):
             if token >= 0:
                 shade = 0 if value <= 0 else 1 + min(_SHADES - 1, int(_SHADES * float(value) / top))
-                tokens.append((readable(self.data.token_text.get(int(token), f"⟨{token}⟩")), shade))
+                tokens.append((_visible(readable(self.data.token_text.get(int(token), f"⟨{token}⟩"))), shade))
         return tokens
 
 
