@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-COMMANDS = ("fetch", "train", "evaluate", "compare", "report", "steer", "study", "doctor")
+COMMANDS = ("fetch", "train", "evaluate", "compare", "compare-dictionaries", "report", "steer", "study", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
