@@ -13,6 +13,7 @@ from apportion.features.mutual_feature_choice import (
 )
 from apportion.features.optimizer import DictionaryAdam
 from apportion.features.statistics import FeatureStatistics
+from apportion.features.transcoder import Transcoder, TranscoderSettings, fit_transcoder, weighted_reconstruction_loss
 
 __all__ = [
     "DictionaryAdam",
@@ -23,15 +24,19 @@ __all__ = [
     "Recipe",
     "Reconstruction",
     "SparseAutoencoder",
+    "Transcoder",
+    "TranscoderSettings",
     "UnitDecoder",
     "ZipfFit",
     "aux_k_loss",
     "aux_zipf_loss",
     "fit_dictionary",
+    "fit_transcoder",
     "fit_zipf",
     "gated_loss",
     "l0_loss",
     "l1_loss",
     "reconstruction_loss",
     "underused_features",
+    "weighted_reconstruction_loss",
 ]
