@@ -57,7 +57,7 @@ def model_of(family: str) -> Any:
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-        parameter.data = 1 + 0.2 * noise if "norm" in name and "weight" in name or "ln" in name else 0.4 * noise
+        parameter.data = 1 + 0.2 * noise if ("norm" in name and "weight" in name) or "ln" in name else 0.4 * noise
     return model
 
 
@@ -264,10 +264,12 @@ def test_the_best_paths_are_those_of_an_exhaustive_search(llama: Any) -> None:
     """Two steps, B large: every pair (child of a child) must be there, and with a small B only the largest."""
     root = firing_root(llama)
     everything = greedy_circuit(llama, IDS, transcoders(), root, iterations=1, branches=10**6)
-    first = {child: value for child, value in everything.into(root).items() if child.kind not in ("error", "mlp", "bias")}
+    first = {
+        child: value for child, value in everything.into(root).items() if child.kind not in ("error", "mlp", "bias")
+    }
     best = sorted(first, key=lambda node: -abs(first[node]))[:3]
     small = greedy_circuit(llama, IDS, transcoders(), root, iterations=1, branches=3)
-    kept = {node for node in small.nodes if node.kind not in ("error", "mlp", "bias")} - {root}
+    kept = {node for node in small.nodes if node.kind not in unexplained} - {root}
     assert kept == set(best)
     for node in best:
         assert small.edges[node, root] == pytest.approx(first[node], rel=1e-12)

@@ -9,6 +9,7 @@ import typer
 from apportion.cli import options as given
 from apportion.cli.errors import about
 from apportion.cli.output import HEADLINE, answer, metric_table, result_rows, show
+from apportion.errors import InputError
 
 if TYPE_CHECKING:
     from apportion.features import Recipe
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 def train(
     model: given.Model,
     site: given.SiteName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Train a transcoder: what it makes of --site, such as layers.9.mlp_out of layers.9.mlp_in.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Give the transcoder a linear path beside its features.")
+    ] = False,
     rule: Annotated[
         str, typer.Option(help="topk, mutual (batchtopk), feature, feature-uniform, relu, jumprelu or gated.")
     ] = "mutual",
@@ -55,10 +66,12 @@ def train(
 
     Example: [cyan]apportion train smollm2 --site layers.9.residual --rule topk --tokens 200000 --out runs/topk[/cyan]
     """
+    from apportion.features import TranscoderSettings
     from apportion.features.distributed import check_over_mesh
     from apportion.features.job import join_job
     from apportion.features.run import (
         check_run_folder,
+        check_transcoder,
         evaluate_dictionary,
         make_recipe,
         rule_name,
@@ -88,16 +101,21 @@ def train(
     # What needs no model is checked before one is loaded; a width to fit the budget stands in for the model's.
     planned = recipe(max(1, int(budget) + 1), tokens)
     job = join_job(mesh, device)
+    if skip and target is None:
+        raise InputError("--skip is for transcoders: give --target too, such as layers.9.mlp_out")
+    if target is not None:
+        check_transcoder(job, planned)
     if job.mesh is not None:
         check_over_mesh(planned)
     if out is not None:
         with about("--out"):
             check_run_folder(out)
     data = given.DataOptions(
-        model, site, text, dataset, tokens, context, store_dtype, model_dtype, held_out, store, job.device
+        model, site, text, dataset, tokens, context, store_dtype, model_dtype, held_out, store, job.device, target
     )
     lm, prepared = data.prepare(lambda width: recipe(width, tokens), job)
-    place = out or given.default_out(model, prepared.source.site, rule, str(seed))
+    what = prepared.source.site if target is None else f"{prepared.source.site}-to-{target}{'-skip' if skip else ''}"
+    place = out or given.default_out(model, what, rule, str(seed))
     settings: dict[str, Any] = {"tensorboard": tensorboard}
     if checkpoint_every is not None:
         settings["checkpoint_every"] = checkpoint_every
@@ -108,6 +126,7 @@ def train(
         judge=lambda sae: evaluate_dictionary(sae, prepared, spliced_loss(prepared, lm), device=job.device),
         device=job.device,
         job=job,
+        transcoder=None if target is None else TranscoderSettings(skip=skip),
         **settings,
     )
     job.leave()
@@ -140,4 +159,5 @@ def train(
         f"The dictionary is in {place / 'dictionary'}. Next:",
         f"  apportion evaluate {place}",
         f"  apportion report {place}",
+        *([] if target is None else [f'  apportion circuit {place} --prompt "..."']),
     )

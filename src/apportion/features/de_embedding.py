@@ -31,12 +31,13 @@ def _of_one_token(model: Any, *transcoders: tuple[int, Transcoder]) -> FrozenPas
 
 
 def _embeddings(frozen: FrozenPass) -> Float[Tensor, "vocabulary d"]:
-    weight: Tensor = frozen.model.get_input_embeddings().weight.detach()
+    model: Any = frozen.model
+    weight: Tensor = model.get_input_embeddings().weight.detach()
     width = frozen.embedding_written.shape[-1]
     if weight.shape[1] != width:
         raise InputError(
-            f"{type(frozen.model).__name__} has token embeddings of width {weight.shape[1]}, its stream is {width} wide: "
-            "a de-embedding needs both to be alike"
+            f"{type(frozen.model).__name__} has token embeddings of width {weight.shape[1]} in a stream of width "
+            f"{width}: a de-embedding needs both to be alike"
         )
     return weight
 

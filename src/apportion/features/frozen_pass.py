@@ -1,9 +1,9 @@
 """One forward pass taken apart: everything that a reading of the residual stream is a sum of, exactly.
 
 With attention patterns and norm scales held as they are (`apportion.models.linear`), whatever reads the residual stream
-linearly (a transcoder feature before its ReLU, a logit, a head's value of a source token) is a sum over what was written
-below: embeddings, heads, MLPs. An MLP that has a transcoder is in turn the sum of the features that fire, a bias, a skip
-path where there is one, and what the transcoder gets wrong (the error). Section 3 of Dunefsky et al. 2024
+linearly (a transcoder feature before its ReLU, a logit, a head's value of a source token) is a sum over what was
+written below: embeddings, heads, MLPs. An MLP that has a transcoder is in turn the sum of the features that fire, a
+bias, a skip path where there is one, and what the transcoder gets wrong (the error). Section 3 of Dunefsky et al. 2024
 (arXiv 2406.11944); the differences from the authors' code are said in `transcoder_circuits`.
 
 A share is found as a gradient times what was written. The gradients are those of the model itself, run with every
@@ -128,7 +128,9 @@ class FrozenPass:
                     f"model's MLPs {width} to {width}: give one that was trained on this model"
                 )
             if float(transcoder.input_scale) != 1 or float(transcoder.output_scale) != 1:
-                raise InputError(f"the transcoder of layer {layer} is not in the model's units: call fold_scale() first")
+                raise InputError(
+                    f"the transcoder of layer {layer} is not in the model's units: call fold_scale() first"
+                )
 
     def _run(self) -> None:
         layers = range(self.n_layers)
@@ -221,7 +223,7 @@ class FrozenPass:
         return self._read(self.mlp_in[layer], token, direction)
 
     def of_final(self, direction: Float[Tensor, " d"], token: int) -> Reading:
-        """``direction . (the stream after the last norm)`` at a token: a logit, if ``direction`` is a row of the head."""
+        """``direction . (the stream after the last norm)`` at a token: a logit, for a row of the head."""
         return self._read(self.final, token, direction)
 
     def of_head(self, layer: int, head: int, direction: Float[Tensor, " width"], token: int) -> Reading:
@@ -251,7 +253,9 @@ class FrozenPass:
         if found.numel():
             return float(firing.values[found[0]])
         x = self.mlp_in[layer].detach()[0, token]
-        score = float(self.transcoders[layer].encoder_weight[feature].to(x.dtype) @ x) + self.feature_bias(layer, feature)
+        score = float(self.transcoders[layer].encoder_weight[feature].to(x.dtype) @ x) + self.feature_bias(
+            layer, feature
+        )
         raise InputError(
             f"feature {feature} of layer {layer} does not fire at token {token} (its score there is {score:.4g}): "
             "attributions explain features that fire; choose another feature or token"
@@ -279,9 +283,7 @@ class FrozenPass:
         weights[0, token] = direction.to(tensor.dtype)
         value = float((tensor.detach() * weights).sum())
         grads = self._gradients(tensor, weights)
-        explained = sum(
-            float((grad * leaf.detach()[0]).sum()) for grad, leaf in zip(grads, self._leaves, strict=True)
-        )
+        explained = sum(float((grad * leaf.detach()[0]).sum()) for grad, leaf in zip(grads, self._leaves, strict=True))
         cut = self.attention == "nodes"
         mlps = torch.stack(grads[-self.n_layers :])
         attention = torch.stack(grads[1 : -self.n_layers]) if cut else torch.zeros_like(mlps)
@@ -295,16 +297,20 @@ class FrozenPass:
         direction = weights
         if tensor is not after:
             (direction,) = torch.autograd.grad(tensor, after, weights, retain_graph=True)
-        total, at = (direction * after.detach()).sum(-1, keepdim=True), (direction * before.detach()).sum(-1, keepdim=True)
+        total, at = (
+            (direction * after.detach()).sum(-1, keepdim=True),
+            (direction * before.detach()).sum(-1, keepdim=True),
+        )
         factor = torch.where(at == 0, torch.zeros_like(at), total / torch.where(at == 0, torch.ones_like(at), at))
-        return self._pull(before, direction.view_as(before) * factor.view(*before.shape[:-1], 1))
+        return self._pull(before, direction * factor)
 
     def _pull(self, tensor: Tensor, weights: Tensor) -> list[Tensor]:
         if not tensor.requires_grad:
             return [torch.zeros_like(leaf[0]) for leaf in self._leaves]
         found = torch.autograd.grad(tensor, self._leaves, weights, retain_graph=True, allow_unused=True)
         return [
-            torch.zeros_like(leaf[0]) if grad is None else grad[0] for grad, leaf in zip(found, self._leaves, strict=True)
+            torch.zeros_like(leaf[0]) if grad is None else grad[0]
+            for grad, leaf in zip(found, self._leaves, strict=True)
         ]
 
     def layers_with_gradient(self, gradients: Float[Tensor, "layers time d"], token: int) -> Iterator[int]:

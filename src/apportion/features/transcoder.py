@@ -1,7 +1,7 @@
 """Transcoders: sparse dictionaries that imitate an MLP, from what it reads to what it writes.
 
-*Transcoders Find Interpretable LLM Feature Circuits* (Dunefsky, Chlenski, Nanda 2024, arXiv 2406.11944). A token gets few
-features, as in a sparse autoencoder, but they read the MLP's input and are decoded to its output: the MLP's
+*Transcoders Find Interpretable LLM Feature Circuits* (Dunefsky, Chlenski, Nanda 2024, arXiv 2406.11944). A token gets
+few features, as in a sparse autoencoder, but they read the MLP's input and are decoded to its output: the MLP's
 non-linearity lies within the features, and what they write is linear in what they read. The skip path is of Paulo,
 Shabalin and Belrose 2025 (arXiv 2501.18823).
 

@@ -43,8 +43,8 @@ class Node:
     """A part of a circuit.
 
     Attributes:
-        kind: ``feature`` of a transcoder, ``head``, ``embedding``, ``skip`` path, ``logit``; and what is not explained any
-            further: transcoder ``error``, ``mlp`` without a transcoder, ``bias``.
+        kind: ``feature`` of a transcoder, ``head``, ``embedding``, ``skip`` path, ``logit``; and what is not explained
+            any further: transcoder ``error``, ``mlp`` without a transcoder, ``bias``.
         token: position of it in the prompt; of a head, of the token that it writes to.
         layer: where it is; None for embeddings, logits, and sums over layers.
         index: the feature, the head, or the vocabulary entry of a logit.
@@ -56,6 +56,13 @@ class Node:
     layer: int | None = None
     index: int | None = None
     source: int | None = None
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Layer and index of a feature or head."""
+        if self.layer is None or self.index is None:
+            raise ValueError(f"{self} has no layer and index")
+        return self.layer, self.index
 
     @property
     def reads_at(self) -> int:
@@ -73,7 +80,7 @@ class Figures:
     """What is known of a node.
 
     Attributes:
-        value: what it contributes to the root over the paths that were kept (greedy), or what it fires with (influence).
+        value: what it contributes to the root over the kept paths (greedy), or what it fires with (influence).
         pruned: what of ``value`` came from parts that were not kept; 0 where the node was not taken apart.
         expanded: whether it was taken apart; then its value is the sum of the edges into it plus ``pruned``.
         activation: of a feature.
@@ -163,7 +170,7 @@ class Parts:
         heads: of each head and source token below.
         others: embedding, skip paths.
         unexplained: transcoder errors, MLPs without a transcoder, biases.
-        directions: for a head, how its output is read; for a skip path, how the MLP's input is; for a feature, a factor.
+        directions: for a head, how its output is read; for a skip path, how the MLP's input is; a feature's factor.
     """
 
     features: dict[Node, float] = field(default_factory=dict)
@@ -211,7 +218,9 @@ def parts_of(frozen: FrozenPass, reading: Reading, token: int, bias: float = 0.0
         here = (firing.tokens == token).nonzero().flatten()
         features = firing.features[here]
         factors = transcoder.decoder_weight.detach()[features].to(direction.dtype) @ direction
-        for feature, factor, value in zip(features.tolist(), factors.tolist(), firing.values[here].tolist(), strict=True):
+        for feature, factor, value in zip(
+            features.tolist(), factors.tolist(), firing.values[here].tolist(), strict=True
+        ):
             node = Node("feature", token, layer, feature)
             parts.features[node], parts.directions[node] = factor * value, factor
         error += float(direction @ frozen.errors[layer][token])
@@ -233,13 +242,11 @@ def _parts_below(frozen: FrozenPass, node: Node, direction: Any) -> Parts | None
     """The parts of a part; None for what has none."""
     token = node.reads_at
     if node.kind == "feature":
-        assert node.layer is not None and node.index is not None
-        reading = frozen.of_feature(node.layer, node.index, token).scaled(direction)
-        return parts_of(frozen, reading, token, direction * frozen.feature_bias(node.layer, node.index))
+        reading = frozen.of_feature(*node.place, token).scaled(direction)
+        return parts_of(frozen, reading, token, direction * frozen.feature_bias(*node.place))
     if node.kind == "head":
-        assert node.layer is not None and node.index is not None
         # All sources at once: the gradient is nonzero at each that the head read from.
-        reading = frozen.of_head(node.layer, node.index, direction, node.token)
+        reading = frozen.of_head(*node.place, direction, node.token)
         return parts_of(frozen, _at_source(frozen, node, direction, reading), token)
     if node.kind == "skip":
         assert node.layer is not None
@@ -249,14 +256,13 @@ def _parts_below(frozen: FrozenPass, node: Node, direction: Any) -> Parts | None
 
 
 def _at_source(frozen: FrozenPass, node: Node, direction: Tensor, reading: Reading) -> Reading:
-    assert node.layer is not None and node.index is not None and node.source is not None
-    source = node.source
-    read = frozen.values[node.layer][node.index, source] @ direction
-    value = float(frozen.pattern[node.layer][node.index, node.token, source] * read)
+    (layer, head), source = node.place, node.reads_at
+    read = frozen.values[layer][head, source] @ direction
+    value = float(frozen.pattern[layer][head, node.token, source] * read)
     explained = float(reading.embedding[source] @ frozen.embedding_written[source])
-    for layer in range(frozen.n_layers):
-        explained += float(reading.attention[layer, source] @ frozen.attention_written[layer][source])
-        explained += float(reading.mlps[layer, source] @ frozen.mlp_written[layer][source])
+    for below in range(layer):
+        explained += float(reading.attention[below, source] @ frozen.attention_written[below][source])
+        explained += float(reading.mlps[below, source] @ frozen.mlp_written[below][source])
     return Reading(value, reading.embedding, reading.attention, reading.mlps, value - explained)
 
 
@@ -278,7 +284,8 @@ def _root(frozen: FrozenPass, root: Node, against: int | None) -> tuple[float, R
         bias = frozen.feature_bias(root.layer, root.index)
         return value, frozen.of_feature(root.layer, root.index, root.token), bias
     if root.kind == "logit":
-        head = frozen.model.get_output_embeddings()
+        model: Any = frozen.model
+        head = model.get_output_embeddings()
         if head is None:
             raise InputError("the model predicts no next token, so there is no logit to explain: choose a feature")
         weight, bias_of = head.weight.detach(), getattr(head, "bias", None)
@@ -334,7 +341,8 @@ def greedy_circuit(
         branches: paths kept in each.
         against: for a logit, the vocabulary entry to subtract; default the mean of all.
         rank_by: ``size``, so that inhibition counts as well, or ``value``.
-        ln, first_is_whole: see ``FrozenPass``.
+        ln: see ``FrozenPass``.
+        first_is_whole: see ``FrozenPass``.
 
     Raises:
         InputError: a root that does not exist or does not fire; numbers below 1; see also ``FrozenPass``.
@@ -345,7 +353,7 @@ def greedy_circuit(
     frozen = FrozenPass(model, input_ids, transcoders, ln=ln, first_is_whole=first_is_whole)
     value, reading, bias = _root(frozen, root, against)
     opened: dict[tuple[Node, ...], Parts] = {(root,): parts_of(frozen, reading, root.token, bias)}
-    prefixes = {(root,): value}
+    prefixes: dict[tuple[Node, ...], float] = {(root,): value}
     paths = [_Path((root,), value)]
     for _ in range(iterations):
         found: list[_Path] = []
@@ -416,8 +424,7 @@ def _merged(
             add(child, node, share)
     for node, figures in nodes.items():
         if node.kind == "feature":
-            assert node.layer is not None and node.index is not None
-            figures.activation = frozen.value_of(node.layer, node.index, node.token)
+            figures.activation = frozen.value_of(*node.place, node.token)
     return Circuit(root, nodes, edges, frozen.input_ids.tolist(), method)
 
 
@@ -440,14 +447,20 @@ def influence_circuit(
     """Keep the nodes, then the edges, that cover most of the influence on a root.
 
     Influence is what circuit-tracer takes: rows of sizes of contributions normalised to 1, summed over paths of all
-    lengths. Features are taken apart in the order of their influence so far, at most ``max_features`` of them; the others
-    end their paths.
+    lengths. Features are taken apart in the order of their influence so far, at most ``max_features`` of them; paths
+    end at the others, and at skip paths.
 
     Args:
+        model: see ``greedy_circuit``.
+        input_ids: see ``greedy_circuit``.
+        transcoders: see ``greedy_circuit``.
+        root: see ``greedy_circuit``.
         node_share: share of the influence that the kept nodes cover.
         edge_share: share of the influence between them that the kept edges cover.
         max_features: to take apart.
-        model, input_ids, transcoders, root, against, ln, first_is_whole: see ``greedy_circuit``.
+        against: see ``greedy_circuit``.
+        ln: see ``FrozenPass``.
+        first_is_whole: see ``FrozenPass``.
 
     Raises:
         InputError: shares outside (0, 1]; see also ``greedy_circuit``.
@@ -472,11 +485,11 @@ def influence_circuit(
             break
         for place in chosen[: max_features - len(rows)]:
             node = sources.nodes[place]
-            assert node.layer is not None and node.index is not None
-            below = frozen.of_feature(node.layer, node.index, node.token)
+            layer, feature = node.place
+            below = frozen.of_feature(layer, feature, node.token)
             rows[place] = sources.shares(below)
             values[node] = float(sources.activations[place])
-            biases[node] = frozen.feature_bias(node.layer, node.index) + below.constant + sources.bias(below)
+            biases[node] = frozen.feature_bias(layer, feature) + below.constant + sources.bias(below)
     kept = _covering(influence, node_share)
     edges = _edges(sources, root, root_row, rows, influence, kept, edge_share)
     nodes = {root: Figures(value=value)}
@@ -508,7 +521,7 @@ def influence_circuit(
 
 
 class _Sources:
-    """All that readings through attention are sums of: features that fire first, then errors, MLPs, embeddings, skips."""
+    """All that readings through attention are sums of: first the features that fire, then what is not coded."""
 
     def __init__(self, frozen: FrozenPass) -> None:
         self.frozen = frozen
