@@ -384,7 +384,7 @@ def _rank(value: float, rank_by: str) -> float:
 
 
 def _largest(shares: Mapping[Node, float], count: int, rank_by: str) -> list[tuple[Node, float]]:
-    return sorted(shares.items(), key=lambda each: (-_rank(each[1], rank_by), str(each[0])))[:count]
+    return sorted(shares.items(), key=lambda each: -_rank(each[1], rank_by))[:count]
 
 
 def _merged(
@@ -406,7 +406,10 @@ def _merged(
     for path, value in prefixes.items():
         if len(path) > 1:
             add(path[-1], path[-2], value)
-    going_on = {path[:-1] for path in prefixes if len(path) > 1}
+    going_on: dict[tuple[Node, ...], set[Node]] = {}
+    for path in prefixes:
+        if len(path) > 1:
+            going_on.setdefault(path[:-1], set()).add(path[-1])
     apart = {path[-1] for path in going_on}
     for path, value in prefixes.items():
         node = path[-1]
@@ -417,8 +420,7 @@ def _merged(
         if path not in going_on:
             figures.pruned += value
             continue
-        parts = opened[path]
-        kept = {each[-1] for each in prefixes if each[:-1] == path}
+        parts, kept = opened[path], going_on[path]
         figures.pruned += sum(share for child, share in parts.candidates.items() if child not in kept)
         for child, share in parts.unexplained.items():
             add(child, node, share)

@@ -407,7 +407,7 @@ def _toy(size: Toy, seeds: list[int], bench: Workbench, measured: Measured) -> t
     ]
     notes = [
         f"known circuit: two layers of width {size.width} learn (a + b) mod {size.numbers} of two tokens among "
-        f"{size.length - 3} distractors; transcoders of both MLPs with {size.n_features} features, budget {size.budget}; "
+        f"{size.length - 3} distractors; transcoders of both MLPs, {size.n_features} features, budget {size.budget}; "
         f"{size.prompts} prompts a seed. Each top feature is compared with one of the same layer and token that fires "
         "as nearly as strongly as there is. Chance of a deciding source is "
         f"{2 / (size.length - 1):.2f}."
