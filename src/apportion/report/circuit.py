@@ -21,6 +21,7 @@ from apportion.report.payload import readable
 
 _CELL, _ROW, _LEFT, _TOP = 34.0, 64.0, 128.0, 34.0
 _CHARACTER = 7.3
+_AT_LEAST = 760.0
 _LARGEST, _SMALLEST = 14.0, 3.0
 _HOLLOW = ("error", "mlp", "bias")
 _NAMES = {
@@ -132,6 +133,9 @@ class Drawing:
         widths = [max(30.0, _CHARACTER * len(text) + 14) for text in tokens]
         for (_, token), inside in cells.items():
             widths[token] = max(widths[token], _CELL * len(inside))
+        # A short prompt need not be a narrow picture.
+        spare = max(0.0, _AT_LEAST - sum(widths)) / len(widths)
+        widths = [width + spare for width in widths]
         self.left = [_LEFT + sum(widths[:place]) for place in range(len(widths) + 1)]
         self.width, self.height = self.left[-1] + 20, _TOP + _ROW * len(levels) + 34
         self.place: dict[Node, tuple[float, float]] = {}
@@ -176,11 +180,15 @@ class Drawing:
         for (child, parent), value in sorted(self.circuit.edges.items(), key=lambda each: abs(each[1])):
             parts.append(self._edge(child, parent, value, abs(value) / largest))
         parts.append('</g><g class="nodes">')
-        sizes = [abs(self.circuit.nodes[node].value) for node in self.nodes if node != self.circuit.root]
-        largest = max(sizes, default=1.0) or 1.0
-        for node in self.nodes:
-            parts.append(self._node(node, min(1.0, abs(self.circuit.nodes[node].value) / largest)))
+        sizes = {node: self._size(node) for node in self.nodes}
+        largest = max((size for node, size in sizes.items() if node != self.circuit.root), default=1.0) or 1.0
+        parts += [self._node(node, min(1.0, sizes[node] / largest)) for node in self.nodes]
         return "".join([*parts, "</g></svg>"])
+
+    def _size(self, node: Node) -> float:
+        """What areas are by: influence where it is known, since values of features and embeddings are no one unit."""
+        figures = self.circuit.nodes[node]
+        return abs(figures.value) if figures.influence is None else figures.influence
 
     def _grid(self) -> str:
         parts = []

@@ -311,10 +311,10 @@ def _replaced(
         f"{size.where}: {trials.train.n_tokens} training tokens, F={size.n_features}, {size.steps} steps of "
         f"{size.batch_size}, aux_k; {trials.test.n_tokens} test tokens of other documents; learning rates{grid}: "
         + "; ".join(f"{kind}, budget {budget} {rate:g}" for (kind, budget), rate in rates.items())
-        + ". TopK, so that every token has the budget exactly. Transcoders have a free decoder that starts at zero. Before "
-        "this was chosen, on layer 9 with F=2304, budget 32, 150 steps of 1024, one seed, held-out text: FVU 0.241 so, "
-        "0.249 with unit rows, 0.257 with a random start as well, 0.203 with unit rows and a skip path; 0.206 of the "
-        "autoencoder."
+        + ". TopK, so that every token has the budget exactly. Transcoders have a free decoder that starts at zero. "
+        "Before this was chosen, on layer 9 with F=2304, budget 32, 150 steps of 1024, one seed, held-out text: FVU "
+        "0.241 so, 0.249 with unit rows, 0.257 with a random start as well, 0.203 with unit rows and a skip path; "
+        "0.206 of the autoencoder."
     ]
     return [each for budget in size.budgets for each in _claims(size, budget, measured)], notes
 
