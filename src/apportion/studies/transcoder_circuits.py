@@ -81,7 +81,7 @@ class _Size:
     toy: Toy = field(default_factory=Toy)
 
 
-_DEFAULT = _Real(tokens=40_000, n_features=2304, steps=40, rates=(4e-3,), loss_contexts=24)
+_DEFAULT = _Real(tokens=40_000, n_features=2304, steps=40, rates=(4e-3,), loss_contexts=16)
 _ON_GPU = _Real(
     layer=15,
     tokens=4_000_000,
@@ -112,7 +112,7 @@ _SIZES: dict[Scale, _Size] = {
         1,
         Toy(steps=30, transcoder_steps=20, prompts=8),
     ),
-    "default": _Size((_DEFAULT,), 3, Toy(prompts=60)),
+    "default": _Size((_DEFAULT,), 3, Toy(prompts=40)),
     "long": _Size((_Real(), _Real(layer=15, text="code"))),
     "gpu": _Size((_ON_GPU,)),
 }
