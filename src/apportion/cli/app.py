@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from apportion.cli import compare, compare_dictionaries, doctor, evaluate, fetch, report, steer, study, train
+from apportion.cli import circuit, compare, compare_dictionaries, doctor, evaluate, fetch, report, steer, study, train
 from apportion.cli.errors import exit_code
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ for command in (
     compare_dictionaries.compare_dictionaries,
     report.report,
     steer.steer,
+    circuit.circuit,
     study.study,
     doctor.doctor,
 ):

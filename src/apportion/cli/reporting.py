@@ -33,13 +33,15 @@ def write_run_report(
     from apportion.report import Metric, build_report, token_texts, write_report
 
     assert run.evaluation is not None
-    lens = speaks_tokens(lm, Site.parse(prepared.source.site))
+    lens = speaks_tokens(lm, Site.parse(prepared.source.target or prepared.source.site))
     zipf = run.evaluation["zipf"]
     # Examples come from all of the text; what judges the dictionary, from the held-out part alone.
     data = build_report(
         run.sae,
         prepared.store,
         held_out=prepared.test,
+        # Of a dictionary that explains its own input only.
+        difficulty_contexts=64 if prepared.target is None else 0,
         title=f"{Path(prepared.source.model).name} · {prepared.source.site} · {_rule_of(run.settings['recipe'])}",
         decode_tokens=token_texts(lm.tokenizer),
         lm_unembedding=lm.unembedding()[0].float() if lens else None,
@@ -73,7 +75,7 @@ def _summary(run: "TrainedRun", prepared: "PreparedStore") -> dict[str, str | in
     rule = {name: value for name, value in recipe["rule"].items() if name in ("k", "budget")}
     return {
         "model": source.model,
-        "site": source.site,
+        "site": source.site if source.target is None else f"{source.site} to {source.target}",
         "rule": _rule_of(recipe),
         "budget": next(iter(rule.values()), recipe["target_l0"] or "set by the penalty"),
         "features": recipe["n_features"],

@@ -18,6 +18,16 @@ if TYPE_CHECKING:
 def train(
     model: given.Model,
     site: given.SiteName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Train a transcoder: what it makes of --site, such as layers.9.mlp_out of layers.9.mlp_in.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Give the transcoder a linear path beside its features.")
+    ] = False,
     rule: Annotated[
         str,
         typer.Option(help="topk, mutual (batchtopk), matryoshka, feature, feature-uniform, relu, jumprelu or gated."),
@@ -69,11 +79,12 @@ def train(
 
     Example: [cyan]apportion train smollm2 --site layers.9.residual --rule topk --tokens 200000 --out runs/topk[/cyan]
     """
-    from apportion.features import GradientScore
+    from apportion.features import GradientScore, TranscoderSettings
     from apportion.features.distributed import check_over_mesh
     from apportion.features.job import join_job
     from apportion.features.run import (
         check_run_folder,
+        check_transcoder,
         evaluate_dictionary,
         make_recipe,
         rule_name,
@@ -108,6 +119,10 @@ def train(
             f"--gradient-weight and --rule {rule}: gradients help to share out a budget; use topk or mutual"
         )
     job = join_job(mesh, device)
+    if skip and target is None:
+        raise InputError("--skip is for transcoders: give --target too, such as layers.9.mlp_out")
+    if target is not None:
+        check_transcoder(job, planned)
     if job.mesh is not None:
         check_over_mesh(planned)
     if out is not None:
@@ -125,10 +140,12 @@ def train(
         held_out,
         store,
         job.device,
-        None if score is None else gradient_target,
+        gradients=None if score is None else gradient_target,
+        target=target,
     )
     lm, prepared = data.prepare(lambda width: recipe(width, tokens), job)
-    place = out or given.default_out(model, prepared.source.site, rule, str(seed))
+    what = prepared.source.site if target is None else f"{prepared.source.site}-to-{target}{'-skip' if skip else ''}"
+    place = out or given.default_out(model, what, rule, str(seed))
     settings: dict[str, Any] = {"tensorboard": tensorboard}
     if checkpoint_every is not None:
         settings["checkpoint_every"] = checkpoint_every
@@ -140,6 +157,7 @@ def train(
         judge=lambda sae: evaluate_dictionary(sae, prepared, spliced_loss(prepared, lm), device=job.device),
         device=job.device,
         job=job,
+        transcoder=None if target is None else TranscoderSettings(skip=skip),
         **settings,
     )
     job.leave()
@@ -172,4 +190,5 @@ def train(
         f"The dictionary is in {place / 'dictionary'}. Next:",
         f"  apportion evaluate {place}",
         f"  apportion report {place}",
+        *([] if target is None else [f'  apportion circuit {place} --prompt "..."']),
     )

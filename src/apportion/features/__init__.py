@@ -22,6 +22,7 @@ from apportion.features.mutual_feature_choice import (
 from apportion.features.optimizer import DictionaryAdam
 from apportion.features.statistics import FeatureStatistics
 from apportion.features.supervised_dictionaries import SupervisedDictionary, fit_supervised
+from apportion.features.transcoder import Transcoder, TranscoderSettings, fit_transcoder, weighted_reconstruction_loss
 
 __all__ = [
     "CodeSettings",
@@ -36,6 +37,8 @@ __all__ = [
     "Reconstruction",
     "SparseAutoencoder",
     "SupervisedDictionary",
+    "Transcoder",
+    "TranscoderSettings",
     "UnitDecoder",
     "ZipfFit",
     "attribution_rank",
@@ -46,6 +49,7 @@ __all__ = [
     "fit_dictionary",
     "fit_gradient_dictionary",
     "fit_supervised",
+    "fit_transcoder",
     "fit_zipf",
     "gated_loss",
     "l0_loss",
@@ -54,4 +58,5 @@ __all__ = [
     "reconstruction_loss",
     "roc_auc",
     "underused_features",
+    "weighted_reconstruction_loss",
 ]

@@ -138,6 +138,59 @@ class LinearNorm:
         return self.gain * centred
 
 
+@dataclass(eq=False)
+class NormsAtWork:
+    """What went into the norms of a model and what came out, in one forward pass.
+
+    Attributes:
+        calls: the module, its input and its output, in the order in which they were computed.
+    """
+
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
+
+    def around(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of the norm that a tensor with a gradient was last computed through.
+
+        Raises:
+            InputError: it was computed through none.
+        """
+        found = self.call(tensor)
+        return found[1], found[2]
+
+    def call(self, tensor: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+        """`around`, with the module.
+
+        Raises:
+            InputError: the tensor was computed through none.
+        """
+        for module, before, after in reversed(self.calls):
+            if tensor is after:
+                return module, before, after
+            # The newest norm that it depends on is the one in front of it.
+            if tensor.requires_grad and after.requires_grad:
+                (grad,) = torch.autograd.grad(tensor.sum(), after, retain_graph=True, allow_unused=True)
+                if grad is not None:
+                    return module, before, after
+        raise InputError("no norm was computed on the way to this reading: this family of models norms elsewhere")
+
+
+@contextlib.contextmanager
+def norm_inputs(model: Any) -> Iterator[NormsAtWork]:
+    """In a ``with`` block, keep what goes into the norms of a model and what comes out of them.
+
+    Entered within `linearised`, what is kept is what the rest of the model computes with.
+    """
+    seen = NormsAtWork()
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.calls.append((module, args[0], output))
+
+    with contextlib.ExitStack() as stack:
+        for norm in _norms(transformer_of(model)):
+            stack.callback(norm.register_forward_hook(keep).remove)
+        yield seen
+
+
 def _norms(model: nn.Module) -> list[nn.Module]:
     """All norms within the model: the leaves that their families call so."""
     return [

@@ -33,7 +33,7 @@ def write_report(path: Path | str, data: ReportData) -> Path:
     template = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
     stream = template.stream(
         title=readable(data.title),
-        policy=_policy(script, style),
+        policy=page_policy(script, style),
         style=style,
         script=script,
         summary=[(readable(str(name)), readable(_fact(value))) for name, value in data.summary.items()],
@@ -44,7 +44,7 @@ def write_report(path: Path | str, data: ReportData) -> Path:
         n_dead=int((data.contexts.fires == 0).sum()),
         n_tokens=data.contexts.n_tokens,
         has_lens=data.lens is not None,
-        version=_version(),
+        version=page_version(),
         blocks=blocks(data),
     )
     with write_atomically(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -67,7 +67,9 @@ def _readable_chart(chart: Chart) -> Chart:
     return Chart(readable(chart.title), readable(chart.note), readable(chart.svg))
 
 
-def _policy(script: str, style: str) -> str:
+def page_policy(script: str, style: str) -> str:
+    """The Content-Security-Policy of a page with one script and one style sheet of its own."""
+
     def allowed(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
 
@@ -96,7 +98,8 @@ def _fact(value: str | int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _version() -> str:
+def page_version() -> str:
+    """The version that a page says it was written by; empty for a copy that is not installed."""
     try:
         return version("apportion")
     except PackageNotFoundError:
