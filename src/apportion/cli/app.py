@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from apportion.cli import compare, doctor, evaluate, fetch, report, study, train
+from apportion.cli import compare, doctor, evaluate, explore, fetch, report, study, train
 from apportion.cli.errors import exit_code
 
 app = typer.Typer(
@@ -46,6 +46,7 @@ for command in (
     evaluate.evaluate,
     compare.compare,
     report.report,
+    explore.explore,
     study.study,
     doctor.doctor,
 ):
