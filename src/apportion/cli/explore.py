@@ -36,15 +36,17 @@ def explore(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default explore.html in the run's folder.", show_default=False)
     ] = None,
-    serve: Annotated[bool, typer.Option("--serve", help="Explore what you type, in a browser on this machine.")] = False,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Explore what you type, in a browser on this machine.")
+    ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes a free one.")] = 8484,
     json: given.Json = False,
     device: given.Device = "cpu",
 ) -> None:
     """Follow a feature's value back to heads, source positions and features upstream, prompt by prompt.
 
-    For dictionaries of a layer's heads (layers.L.heads), of the residual stream, of attn_out and of mlp_in. Writes a page
-    that opens from the disk, with your prompts and some of ours; or, with --serve, a page where you type them.
+    For dictionaries of a layer's heads (layers.L.heads), of the residual stream, of attn_out and of mlp_in. Writes a
+    page that opens from the disk, with your prompts and some of ours; or, with --serve, shows one where you type them.
 
     Example: [cyan]apportion explore runs/heads --upstream runs/residual --prompt "Mary gave John a"[/cyan]
     """
@@ -99,16 +101,18 @@ def _explorer(run: Path, upstream: list[Path], device: str) -> "Explorer":
             source = _source(found)
             check_site(Site.parse(source["site"]))
             opened.append((option, found, source))
-    _, first, source = opened[0]
+    _, _, source = opened[0]
     dictionaries = {}
     for option, found, other in opened:
+        site = Site.parse(other["site"])
         if other["model"] != source["model"]:
             raise InputError(
-                f"{option}: {found.folder} is of {other['model']}, {run} of {source['model']}: give one of the same model"
+                f"{option}: {found.folder} is of {other['model']}, {run} of {source['model']}: give one of the "
+                "same model"
             )
-        if Site.parse(other["site"]) in dictionaries:
-            raise InputError(f"{option}: there are two dictionaries for {other['site']}: give one for each site")
-        dictionaries[Site.parse(other["site"])] = found.sae
+        if site in dictionaries:
+            raise InputError(f"{option}: there are two dictionaries for {site}: give one for each site")
+        dictionaries[site] = found.sae
     lm = load(source["model"], source["model_dtype"], device)
     title = f"{Path(source['model']).name} · {source['site']} · prompts"
     return Explorer(lm, Site.parse(source["site"]), dictionaries, title)

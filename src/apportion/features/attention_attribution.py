@@ -4,16 +4,19 @@ Source: section 4 of Kissane et al. 2024 (arXiv 2406.17759). A node is a number 
 its children are the parts of that number, and add up to it. Patterns and norm scales are those of the one forward pass
 (`DirectPaths`) at every level, so the tree is linear all the way down: a decomposition, not a causal statement.
 
-| a node of kind | is | and its children are |
-|---|---|---|
-| ``feature`` | a feature's value, as far as it reaches the root | its dictionary's bias and, for a layer's heads, ``source`` s; for the stream, components |
-| ``attention`` | a layer's heads at a token, where no dictionary takes them apart | ``source`` s |
-| ``source`` | what the heads bring from one token | features of the stream's dictionary, its bias and its error; or else components |
-| ``embedding``, ``mlp`` | components: what they wrote, as wholes | |
-| ``dictionary bias``, ``error`` | what a dictionary adds whatever fires, and what it misses | |
-| ``model bias`` | biases of the model between the components and here | |
-| ``remainder`` | of `rdfa`: the children that were not shown | |
+| kind of node | what it is |
+|---|---|
+| ``feature`` | a feature's value, as far as it reaches the root |
+| ``attention`` | a layer's heads at a token, where no dictionary takes them apart |
+| ``source`` | what the heads bring from one token |
+| ``embedding``, ``mlp`` | what these wrote, as wholes; they have no parts |
+| ``dictionary bias``, ``error`` | what a dictionary adds whatever fires, and what it misses |
+| ``model bias`` | biases of the model between what was written and what is read |
+| ``remainder`` | of `rdfa`: the parts that were not shown |
 
+The parts of a feature of a layer's heads are its dictionary's bias and sources; those of a feature of the stream its
+dictionary's bias and components; those of a layer's heads sources; those of a source the features of the stream's
+dictionary, its bias and its error, or else components.
 "Components" are the embedding, each earlier layer's heads (by the features of their dictionary where there is one) and
 each earlier MLP. Nothing is left out and nothing is defined as the rest, so what the children miss is rounding.
 """
@@ -114,6 +117,8 @@ class RecursiveAttribution:
         self.paths = paths
         self.dictionaries = dict(dictionaries)
         self._fires: dict[tuple[Site, int], list[int]] = {}
+        self._readers: dict[tuple[Site, int], Reader] = {}
+        self._activations: dict[tuple[Site, int, int], float] = {}
         for site, sae in self.dictionaries.items():
             check_site(site)
             width = paths.activations(site).shape[1]
@@ -125,10 +130,7 @@ class RecursiveAttribution:
 
     def features_at(self, site: Site, position: int) -> list[tuple[int, float]]:
         """The features of a dictionary that fire at a token, and their values, strongest first."""
-        values = {
-            f: float(self._value(site, Reader.of(self.dictionaries[site], f), position))
-            for f in self._at(site, position)
-        }
+        values = {feature: self._activation(site, feature, position) for feature in self._at(site, position)}
         return sorted(values.items(), key=lambda each: -each[1])
 
     def root(self, site: Site, feature: int, position: int) -> Node:
@@ -149,14 +151,12 @@ class RecursiveAttribution:
 
     def _feature(self, site: Site, feature: int, position: int, scale: float) -> Node:
         """A feature's value, times what one unit of it is worth at the root."""
-        reader = self._reader(site, feature)
-        activation = float(self._value(site, reader, position))
-        direction = reader.weight * scale
+        reader, activation = self._reader(site, feature), self._activation(site, feature, position)
         bias = Node("dictionary bias", scale * float(reader.bias), site.layer, position, site)
         table = None
         if site.kind == "heads":
             assert site.layer is not None
-            layer = site.layer
+            layer, direction = site.layer, reader.weight * scale
             table = self._table(layer, position, direction)
 
             def grow() -> list[Node]:
@@ -165,7 +165,7 @@ class RecursiveAttribution:
 
             def grow() -> list[Node]:
                 cotangent = torch.zeros_like(self.paths.activations(site))
-                cotangent[position] = direction
+                cotangent[position] = reader.weight * scale
                 return [bias, *self._components(self.paths.through(site, cotangent), position)]
 
         return Node("feature", scale * activation, site.layer, position, site, feature, activation, table, _grow=grow)
@@ -258,12 +258,16 @@ class RecursiveAttribution:
         return self._fires[site, position]
 
     def _reader(self, site: Site, feature: int) -> Reader:
-        reader, like = Reader.of(self.dictionaries[site], feature), self.paths.embeddings
-        return Reader(reader.weight.to(like), reader.bias.to(like))
+        if (site, feature) not in self._readers:
+            reader, like = Reader.of(self.dictionaries[site], feature), self.paths.embeddings
+            self._readers[site, feature] = Reader(reader.weight.to(like), reader.bias.to(like))
+        return self._readers[site, feature]
 
-    def _value(self, site: Site, reader: Reader, position: int) -> Tensor:
-        x = self.paths.activations(site)[position].double()
-        return x @ reader.weight.double() + reader.bias.double()
+    def _activation(self, site: Site, feature: int, position: int) -> float:
+        if (site, feature, position) not in self._activations:
+            reader, x = self._reader(site, feature), self.paths.activations(site)[position]
+            self._activations[site, feature, position] = _dot(x, reader.weight) + float(reader.bias)
+        return self._activations[site, feature, position]
 
 
 def check_site(site: Site) -> None:
@@ -274,8 +278,8 @@ def check_site(site: Site) -> None:
     """
     if site.kind not in ("heads", *READABLE):
         raise InputError(
-            f"site {site}: an MLP's output is no linear function of what was written before it, so its features cannot be "
-            f"followed; give a dictionary of heads, {', '.join(each for each in READABLE if each != 'embeddings')}"
+            f"site {site}: an MLP's output is no linear function of what was written before it, so its features cannot "
+            f"be followed; give a dictionary of heads, {', '.join(each for each in READABLE if each != 'embeddings')}"
         )
 
 

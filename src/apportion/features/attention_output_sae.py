@@ -1,14 +1,14 @@
 """Dictionaries of what attention heads output, and where a feature's value comes from.
 
-Source: *Interpreting Attention Layer Outputs with Sparse Autoencoders* (Kissane, Krzyzanowski, Bloom, Conmy, Nanda 2024,
-arXiv 2406.17759).
+Source: *Interpreting Attention Layer Outputs with Sparse Autoencoders* (Kissane, Krzyzanowski, Bloom, Conmy, Nanda
+2024, arXiv 2406.17759).
 
-Allocated: dictionary features per token, on the outputs of all heads of a layer side by side (the site ``heads``, before
-the output projection, where it is still visible which coordinate belongs to which head). Any `Recipe` trains one; the
-paper's own is an L1 penalty with resampling of dead features (`apportion.features.resampling`). What a feature's
-pre-activation is made of is then shared out exactly: over heads, over source positions, over both. Patterns are taken as
-they are, so this says how a value came about and not what would happen if something were changed; and *where* it comes
-from is decided by the pattern alone, so that random directions localise as sharply as features do.
+Allocated: dictionary features per token, on the outputs of all heads of a layer side by side (the site ``heads``,
+before the output projection, where it is still visible which coordinate belongs to which head). Any `Recipe` trains
+one; the paper's own is an L1 penalty with resampling of dead features (`apportion.features.resampling`). What a
+feature's pre-activation is made of is then shared out exactly: over heads, over source positions, over both. Patterns
+are taken as they are, so this says how a value came about and not what would happen if something were changed; and
+*where* it comes from is decided by the pattern, so that random directions localise about as sharply as features do.
 
 | paper | here |
 |---|---|
@@ -31,6 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apportion.allocate import Allocation
 from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.models import Site
@@ -233,8 +234,8 @@ def _head_width(sae: SparseAutoencoder, heads: int) -> int:
 def output_directions(sae: SparseAutoencoder, model: Any, site: Site) -> Float[Tensor, "features d_model"]:
     """What each feature of a layer's heads adds to the attention's output per unit of its value: ``W_dec @ W_O``.
 
-    The projection is asked rather than read, since families keep its weight one way or the other. With `logit_lens` this
-    is the feature's say on the next token. (Gemma 2 and 3 norm the attention's output before they add it.)
+    The projection is asked rather than read, since families keep its weight one way or the other. With `logit_lens`
+    this is the feature's say on the next token. (Gemma 2 and 3 norm the attention's output before they add it.)
 
     Raises:
         InputError: the site is not a layer's heads, or not of the dictionary's width.
@@ -275,6 +276,23 @@ def connections(
         )
     rows = reader.encoder_weight.detach() if features is None else reader.encoder_weight.detach()[features]
     return directions @ rows.T * reader.input_scale
+
+
+@torch.no_grad()
+def with_error_kept(sae: SparseAutoencoder, edit: Callable[[Allocation], Allocation]) -> Callable[[Tensor], Tensor]:
+    """For `splice`: activations with edited codes, and with what the dictionary misses of them added as it is.
+
+    So that what changes is the edit and not the dictionary's own damage: ``z + decode(edited) - decode(codes)``. The
+    error is of the same forward pass, and a constant.
+    """
+
+    def replace(activations: Tensor) -> Tensor:
+        x = activations.detach().flatten(0, -2)
+        codes = sae.encode(x.to(sae.encoder_weight), mode="threshold")
+        change = sae.decode(edit(codes)) - sae.decode(codes)
+        return activations + change.to(activations).view(activations.shape)
+
+    return replace
 
 
 # --- training --------------------------------------------------------------------------------------------------------

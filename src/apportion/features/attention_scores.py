@@ -8,7 +8,7 @@ not built from its weights, so that any family's embedding (and a norm of querie
 
 | paper | here |
 |---|---|
-| sum over f, g of c_f(dst) c_g(src) (d_f W_Q) R(dst - src) (d_g W_K) / sqrt(d_head) | ``table.sum()`` of `ScoreExpansion` |
+| c_f(dst) c_g(src) (d_f W_Q) R(dst - src) (d_g W_K) / sqrt(d_head) | an entry of `ScoreExpansion`'s ``table`` |
 | c_f d_f, dictionary bias, error | the first rows and columns; the model's own biases are the last |
 """
 

@@ -1,13 +1,16 @@
 """A new start for dead features, by what the dictionary reconstructs worst: the training of the L1 dictionaries.
 
-Source: the "anthropic" resampling of Kissane et al. 2024 (arXiv 2406.17759), read from the configurations of their runs;
-the idea is that of Bricken et al. 2023 (Towards Monosemanticity). Every now and then features that do not fire are turned
-to inputs drawn in proportion to the square of their reconstruction loss, with a small encoder so that they fire rarely at
-first, and the optimiser forgets them: with the paper's second-moment decay of 0.9999 stale moments would freeze them.
-The learning rate then starts low again. TopK and Mutual Choice dictionaries need none of this: they have auxiliary losses.
+Source: the "anthropic" resampling of Kissane et al. 2024 (arXiv 2406.17759), read from the configurations of their
+runs; the idea is that of Bricken et al. 2023 (Towards Monosemanticity). Every now and then features that do not fire
+are turned to inputs drawn in proportion to the square of their reconstruction loss, with a small encoder so that they
+fire rarely at first, and the optimiser forgets them: with the paper's second-moment decay of 0.9999 stale moments would
+freeze them. The learning rate then starts low again. TopK and Mutual Choice dictionaries need none of this: they have
+auxiliary losses.
 
 The paper's own dictionary of a layer's heads is ``Recipe(Threshold(0.0), ...)`` with ``penalty=l1_penalty(...)``,
-``auxiliary="none"``, ``learning_rate=1.2e-3``, and ``fit_dictionary(..., resampling=Resampling(), betas=(0.0, 0.9999))``.
+``auxiliary="none"``, ``learning_rate=1.2e-3``, and ``fit_dictionary(...)`` with ``resampling=Resampling()`` and
+``betas=(0.0, 0.9999)``. (Their decoder rows are of unit norm up to a step, ours after every step; their inputs are not
+scaled, ours are, which ``l1_penalty`` allows for.)
 """
 
 from collections.abc import Callable, Iterable
@@ -135,8 +138,8 @@ def resample(
     """Turn dead features to inputs that the dictionary reconstructs badly; nothing else changes.
 
     Inputs are drawn without replacement, with probability in proportion to their squared reconstruction loss. A dead
-    feature's decoder row becomes the centred input at unit norm, its encoder row the same direction at ``encoder_scale``
-    times the mean norm of those alive, its bias 0; the optimiser's moments of these rows become 0.
+    feature's decoder row becomes the centred input at unit norm, its encoder row the same direction at
+    ``encoder_scale`` times the mean norm of those alive, its bias 0; the optimiser's moments of these rows become 0.
 
     Args:
         sae: changed in place.
@@ -162,8 +165,8 @@ def resample(
     there = int((probability > 0).sum())
     if there < len(chosen):
         raise InputError(
-            f"{len(chosen)} features are dead, but only {there} of {len(inputs)} inputs can be drawn for them: give more "
-            "inputs (a larger batch_size or look_back), or fewer features"
+            f"{len(chosen)} features are dead, but only {there} of {len(inputs)} inputs can be drawn for them: give "
+            "more inputs (a larger batch_size or look_back), or fewer features"
         )
     # With exponential clocks, as multinomial takes no more than 2**24 inputs.
     clocks = torch.empty_like(probability).exponential_(generator=generator) / probability
@@ -171,9 +174,8 @@ def resample(
     centred = sae.centred(drawn)
     directions = centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
     alive = ~dead
-    length = (
-        sae.encoder_weight[alive].norm(dim=1).mean() if bool(alive.any()) else sae.encoder_weight.norm(dim=1).mean()
-    )
+    norms = sae.encoder_weight.norm(dim=1)
+    length = norms[alive].mean() if bool(alive.any()) else norms.mean()
     sae.decoder_weight[chosen] = directions
     sae.encoder_weight[chosen] = directions * length * encoder_scale
     sae.encoder_bias[chosen] = 0
@@ -197,8 +199,8 @@ def l1_penalty(coefficient: float, sample: Float[Tensor, "tokens d"]) -> float:
 
     The paper minimises the squared error of a token plus ``coefficient`` times the sum of its code, in the units of the
     activations; a `Recipe` minimises the error as a share of the variance, and codes in units in which the mean squared
-    distance from the centre is the width. Their coefficients lie between 0.8 and 3 for the layers of GPT-2 small; do not
-    copy them to other layers or models, whose outputs of heads have other sizes.
+    distance from the centre is the width. Their coefficients lie between 0.8 and 3 for the layers of GPT-2 small; do
+    not copy them to other layers or models, whose outputs of heads have other sizes.
 
     Raises:
         InputError: a negative coefficient, or a sample that does not vary.
@@ -208,7 +210,7 @@ def l1_penalty(coefficient: float, sample: Float[Tensor, "tokens d"]) -> float:
     distance = float((sample - sample.mean(dim=0)).square().sum(dim=1).mean())
     if not distance > 0:
         raise InputError(
-            "all activations of the sample are the same: a penalty relative to their variance has no meaning"
+            "all activations of the sample are the same: there is no variance to relate a penalty to"
         )
     scale = (sample.shape[1] / distance) ** 0.5
     return coefficient / (distance * scale)

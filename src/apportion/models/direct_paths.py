@@ -1,4 +1,4 @@
-"""One prompt in a model as a sum: what each part wrote to the residual stream, and how anything read from it pulls back.
+"""One prompt in a model as a sum: what each part wrote to the residual stream, and what a reading owes to each part.
 
 With attention patterns and norm scales held fixed, whatever is read from the stream (an attention layer's values,
 queries or keys, the input of an MLP, the stream itself) is a linear function of what the embeddings, the heads of each

@@ -187,6 +187,7 @@ class BareNorm(nn.Module):
 
 @contextlib.contextmanager
 def watched(model: Any, freeze: bool, graph: bool = False) -> Iterator[dict[int, AttentionAtWork]]:
+    """What `watch_attention` and `linearised` do with attention: see it, freeze its patterns, keep its graph."""
     _register()
     modules = [_attention_of(block) for block in blocks_of(model)]
     watch = _Watch({id(module): layer for layer, module in enumerate(modules)}, freeze, graph)

@@ -118,6 +118,9 @@ class Explorer:
         """
         attribution = self.attribution(prompt)
         tokens = [readable(each) for each in self._decode(attribution.paths.input_ids.tolist())]
+        for site in self.dictionaries:
+            firing = {feature for place in range(len(tokens)) for feature, _ in attribution.features_at(site, place)}
+            self._learn(site, sorted(each for each in firing if (site, each) not in self._promoted))
         features = []
         for position in range(len(tokens)):
             found = attribution.features_at(self.site, position)
@@ -201,7 +204,9 @@ class Explorer:
         return content
 
     def _parts(self, node: Node, followed: tuple[int, ...]) -> list[dict[str, Any]]:
-        parts, left, to_follow = [], [], followed[0] if followed else 0
+        parts: list[dict[str, Any]] = []
+        left: list[float] = []
+        to_follow = followed[0] if followed else 0
         for place, child in enumerate(node.children):
             # Sources are shown along the text, and biases and errors whatever their size.
             if child.kind in ("feature", "attention", "mlp") and len(parts) >= _PARTS_SHOWN:
@@ -226,17 +231,22 @@ class Explorer:
 
     def _says(self, site: Site, feature: int) -> list[str]:
         """The tokens that a feature promotes the most, where its direction speaks of the stream."""
+        if (site, feature) not in self._promoted:
+            self._learn(site, [feature])
+        return self._promoted[site, feature]
+
+    def _learn(self, site: Site, features: Sequence[int]) -> None:
+        """Find out what several features promote, at the price of one product with the vocabulary."""
         if not self.lm.is_causal or site.kind == "mlp_in":
-            return []
+            self._promoted.update({(site, feature): [] for feature in features})
+            return
         if site not in self._directions:
             sae = self.dictionaries[site]
             in_stream = output_directions(sae, self.lm, site) if site.kind == "heads" else sae.decoder_weight.detach()
             self._directions[site] = in_stream.float()
-        if (site, feature) not in self._promoted:
-            lens = logit_lens(self._directions[site][feature : feature + 1], self._unembedding, top=3)
-            texts = self._decode(lens.promoted_ids[0].tolist())
-            self._promoted[site, feature] = [readable(each) for each in texts]
-        return self._promoted[site, feature]
+        lens = logit_lens(self._directions[site][list(features)], self._unembedding, top=3)
+        for feature, ids in zip(features, lens.promoted_ids, strict=True):
+            self._promoted[site, feature] = [readable(each) for each in self._decode(ids.tolist())]
 
 
 def write_explorer(path: Path | str, explorer: Explorer, prompts: Sequence[str] = DEFAULT_PROMPTS) -> Path:

@@ -1,7 +1,7 @@
 """The prompt explorer with somebody to answer: a small server for one person on one machine.
 
 It listens on 127.0.0.1 alone and answers only to that name, so that a page from elsewhere that a browser was led to
-cannot ask it (DNS rebinding); and it takes questions as JSON only, which such a page could not send without asking first.
+cannot ask it (DNS rebinding); and it takes questions as JSON only, which such a page could not send without leave.
 """
 
 import json
@@ -42,9 +42,9 @@ class ExplorerServer(ThreadingHTTPServer):
             try:
                 if where == "/explore":
                     return self.explorer.explore(_text(question["prompt"]))
-                numbers = [int(question["feature"]), int(question["position"])]
                 path = [int(each) for each in question["path"]]
-                return self.explorer.follow(_text(question["prompt"]), *numbers, path)
+                feature, position = int(question["feature"]), int(question["position"])
+                return self.explorer.follow(_text(question["prompt"]), feature, position, path)
             except (KeyError, TypeError, ValueError) as error:
                 if isinstance(error, InputError):
                     raise
@@ -127,4 +127,6 @@ def explorer_server(
     try:
         return ExplorerServer(explorer, prompts, port, report)
     except OSError as error:
-        raise InputError(f"port {port} cannot be used ({error.strerror}): choose another one, or 0 for a free one") from error
+        raise InputError(
+            f"port {port} cannot be used ({error.strerror}): choose another one, or 0 for a free one"
+        ) from error

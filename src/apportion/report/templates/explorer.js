@@ -122,7 +122,8 @@
   };
 
   function drawText(node, nodes) {
-    const sums = bySource(node);
+    // What was made by no heads keeps the shades of the last that was, on the way down to it.
+    const sums = bySource([...nodes].reverse().find((one) => one.table));
     const most = largest(sums);
     const from = nodes.length > 1 ? nodes[nodes.length - 1].position : null;
     byId("text").replaceChildren(
@@ -139,7 +140,7 @@
       }),
     );
     byId("legend").textContent = most
-      ? "Shaded by what each token brings to what is shown below, by way of the heads. Click a token for its own features."
+      ? "Shaded by what each token brings, by way of the heads, to the last feature or layer on the path below. Click a token for its own features."
       : "Click a token for its features.";
   }
 
@@ -184,6 +185,13 @@
       item.append(name);
       crumbs.append(item);
     });
+    if (about.report && node.kind === "feature" && node.site === about.site) {
+      const link = make("a", "", "contexts of this feature");
+      link.href = `report.html#/feature/${node.feature}`;
+      const item = make("li", "aside-link");
+      item.append(link);
+      crumbs.append(item);
+    }
     byId("sum").replaceChildren(crumbs, equation(node, nodes[0]), ...body(node, nodes[0]));
   }
 
