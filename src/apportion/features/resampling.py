@@ -209,8 +209,6 @@ def l1_penalty(coefficient: float, sample: Float[Tensor, "tokens d"]) -> float:
         raise InputError(f"coefficient={coefficient}: must not be negative")
     distance = float((sample - sample.mean(dim=0)).square().sum(dim=1).mean())
     if not distance > 0:
-        raise InputError(
-            "all activations of the sample are the same: there is no variance to relate a penalty to"
-        )
+        raise InputError("all activations of the sample are the same: there is no variance to relate a penalty to")
     scale = (sample.shape[1] / distance) ** 0.5
     return coefficient / (distance * scale)

@@ -68,7 +68,7 @@ class _Circuit:
     """Section 3.7 B of the method sheet: d = 64, 4 heads, vocabulary 64, T = 48; F = 256, k = 6."""
 
     model_steps: int = 900
-    batch: int = 64
+    batch: int = 32
     sequences: int = 2048
     steps: int = 700
     batch_size: int = 1024
@@ -101,7 +101,7 @@ class _Real:
 _SIZES: dict[Scale, tuple[_Circuit, _Real | None]] = {
     "smoke": (_Circuit(model_steps=40, batch=16, sequences=128, steps=40, batch_size=256, test_sequences=64), None),
     "default": (
-        _Circuit(model_steps=500, batch=48, sequences=768, steps=400, batch_size=512),
+        _Circuit(test_sequences=256),
         _Real(tokens=24_000, n_features=1152, batch_size=512, steps=100, loss_contexts=8),
     ),
     "long": (_Circuit(), _Real(tokens=300_000)),
@@ -215,7 +215,7 @@ def _trained_model(size: _Circuit, seed: int) -> Any:
         text = _Repeats.draw(size.batch, step + 1_000_003 * (seed + 1))
         return text.ids, text.known
 
-    settings = TrainingSettings(steps=size.model_steps, learning_rate=2e-3, seed=seed)
+    settings = TrainingSettings(steps=size.model_steps, learning_rate=5e-3, betas=(0.9, 0.98), seed=seed)
     train(model, objective, batches, settings, None, progress=False)
     return model.eval().requires_grad_(False)
 
