@@ -100,15 +100,15 @@ def test_what_cannot_be_followed_is_refused() -> None:
     sae = dictionary_of(paths.stream(1))
     with pytest.raises(InputError, match=r"layers.0.mlp_out: an MLP's output is no linear function"):
         RecursiveAttribution(paths, {Site(0, "mlp_out"): sae})
+    wide = DirectPaths(biased_model("gemma3"), some_ids())
     with pytest.raises(InputError, match="maps width 32 to 32, but the site has width 48"):
-        wide = DirectPaths(biased_model("gemma3"), some_ids())
         RecursiveAttribution(wide, {Site(0, "heads"): sae})
     attribution = RecursiveAttribution(paths, {Site(0, "residual"): sae})
     with pytest.raises(InputError, match="feature=40"):
         attribution.root(Site(0, "residual"), 40, 0)
     with pytest.raises(InputError, match="position=7"):
         attribution.root(Site(0, "residual"), 0, 7)
-    with pytest.raises(InputError, match="there is no dictionary for it; given: layers.0.residual"):
+    with pytest.raises(InputError, match=r"there is no dictionary for it; given: layers\.0\.residual"):
         attribution.root(Site(1, "residual"), 0, 0)
     with pytest.raises(InputError, match="top_k=0"):
         rdfa(attribution.root(Site(0, "residual"), 0, 0), top_k=0)

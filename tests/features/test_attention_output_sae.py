@@ -200,7 +200,7 @@ def test_a_dictionary_of_another_width_and_a_look_ahead_are_refused() -> None:
         found.of(5)
     with pytest.raises(InputError, match="head=4"):
         found.of(2, 4)
-    with pytest.raises(InputError, match="give a dictionary of the site layers.L.heads"):
+    with pytest.raises(InputError, match=r"give a dictionary of the site layers\.L\.heads"):
         direct_feature_attribution(SparseAutoencoder(32, 8, TokenChoice(2)), work, 0, 3)
     with pytest.raises(InputError, match="only features of a layer's heads"):
         output_directions(sae, biased_model("gemma3", torch.float32), replace(HEADS, kind="attn_out"))

@@ -120,7 +120,7 @@ def test_training_with_it_revives_and_resumes_exactly(tmp_path) -> None:
 
     settings = {"start_from": kill, "resampling": Resampling(every=8, times=2, look_back=4), "progress": False}
     whole, result = fit_dictionary(recipe, batches, 16, betas=(0.0, 0.9999), log_every=1, **settings)
-    assert [record["resampled"] for record in result.history if "resampled" in record][0] == 10
+    assert next(record["resampled"] for record in result.history if "resampled" in record) == 10
     assert rarely_firing(whole, [data], 1e-3).sum() < 10
     for stop in (12, None):
         parts, _ = fit_dictionary(

@@ -22,7 +22,7 @@ from apportion.report.server import ExplorerServer, explorer_server
 from made_up_report import made_up_report
 
 HEADS, STREAM = Site(2, "heads"), Site(1, "residual")
-PROMPT = "assign <script>alert(1)</script> to a target"
+PROMPT = "a <script>alert(1)</script>"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def explorer_of(lm: LanguageModel, *sites: Site) -> Explorer:
         sae = SparseAutoencoder(32, 48, TokenChoice(5), seed=0)
         sae.initialise_from(capture(lm, [site], ids[None])[site][0])
         dictionaries[site] = sae.eval()
-    return Explorer(lm, sites[0], dictionaries, "A tiny model", features_per_token=3)
+    return Explorer(lm, sites[0], dictionaries, "A tiny model", features_per_token=2)
 
 
 def nodes_of(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -52,7 +52,7 @@ def test_every_number_on_a_page_adds_up(lm: LanguageModel) -> None:
     assert [each["firing"] for each in content["features"]] == [5] * len(content["tokens"])
     kinds = set()
     for token in content["features"]:
-        assert len(token["shown"]) == 3
+        assert len(token["shown"]) == 2
         for root in token["shown"]:
             assert root["value"] == root["activation"]
             assert sum(root["shares"]) == pytest.approx(1, abs=1e-4)
@@ -111,6 +111,11 @@ def page(browser: object) -> Iterator[Any]:
     assert not troubles, troubles
 
 
+def written(page: Any) -> str:
+    """The prompt as the page shows it, token by token; a token that is a space is a dot."""
+    return "".join(page.locator("#text button").all_text_contents()).replace("·", " ")
+
+
 def values(page: Any, selector: str) -> list[float]:
     return [float(text.replace("−", "-").replace(",", "")) for text in page.locator(selector).all_inner_texts()]
 
@@ -123,8 +128,8 @@ def test_a_feature_is_followed_from_heads_to_sources_to_features_upstream(
     page.goto(path.as_uri())
     page.wait_for_selector("html[data-ready]", state="attached")
     assert page.locator("#prompts button").count() == 2
-    assert "".join(page.locator("#text button").all_text_contents()).startswith("assign <script>alert(1)</script>")
-    assert page.locator("#features button").count() == 3
+    assert written(page) == PROMPT
+    assert page.locator("#features button").count() == 2
     assert page.locator(".ways h3").all_text_contents()[0].startswith("By head")
     assert page.locator(".grid tbody tr").count() == 4
     by_head = values(page, ".ways section:nth-child(1) .part .number")
@@ -149,7 +154,7 @@ def test_a_feature_is_followed_from_heads_to_sources_to_features_upstream(
     page.wait_for_selector(".grid")
     page.keyboard.press("ArrowLeft")
     page.locator("#prompts button").nth(1).click()
-    assert "".join(page.locator("#text button").all_text_contents()) == "a target list"
+    assert written(page) == "a target list"
 
 
 @pytest.mark.browser
@@ -160,7 +165,7 @@ def test_what_a_person_types_is_explored_and_followed_as_far_as_they_like(lm: La
         page.fill("#prompt", "a <b>new</b> list")
         page.click("#ask button")
         page.wait_for_selector("#prompts button:nth-child(2)")
-        assert "".join(page.locator("#text button").all_text_contents()) == "a <b>new</b> list"
+        assert written(page) == "a <b>new</b> list"
         # The smallest source was not followed beforehand, nor was what lies below it.
         page.locator(".ways section:nth-child(2) button.part").last.click()
         page.wait_for_selector(".ways.one .part")
@@ -203,7 +208,7 @@ def test_the_server_answers_its_own_page_and_nobody_else(lm: LanguageModel, tmp_
         assert server.server_address[0] == "127.0.0.1"
         code, found = ask(server, "/")
         assert code == 200
-        assert b"connect-src 'self'" in found
+        assert b"connect-src &#39;self&#39;" in found
         assert ask(server, "/report.html") == (200, b"the report")
         assert ask(server, "/etc/passwd")[0] == 404
         code, found = ask(server, "/explore", {"prompt": "to a list"})
@@ -219,7 +224,7 @@ def test_the_server_answers_its_own_page_and_nobody_else(lm: LanguageModel, tmp_
         code, found = ask(server, "/follow", {"prompt": "to", "feature": 999, "position": 0, "path": []})
         assert code == 400
         assert "features 0 to 47" in json.loads(found)["error"]
-        with pytest.raises(InputError, match="port .* cannot be used"):
+        with pytest.raises(InputError, match=r"port \d+ cannot be used"):
             explorer_server(server.explorer, ["a list"], port=server.server_port)
 
 
@@ -230,7 +235,7 @@ def test_a_file_may_ask_nobody_and_keeps_text_in_blocks(lm: LanguageModel, tmp_p
     assert "alert(1)" not in text
     block = text.split('id="block-prompt-0">')[1].split("<")[0]
     assert decode_block(block)[1]["prompt"] == PROMPT
-    assert "report.html" not in text
+    assert 'href="report.html' not in text
     # Beside a report each links to the other.
     write_report(tmp_path / "report.html", made_up_report(5, [" a", " b"]))
     assert 'href="explore.html"' in (tmp_path / "report.html").read_text(encoding="utf-8")
