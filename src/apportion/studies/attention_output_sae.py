@@ -8,7 +8,7 @@ B. A circuit that is known, because it was trained on the spot: a two-layer atte
    of a feature's activity is on one next token) and whether taking away the source of the largest share takes away the
    prediction. *Where* the shares come from is shown beside its random control and counted for nothing: the pattern
    localises, whatever reads.
-C. The site: dictionaries of the heads side by side and of the attention's output at equal width of dictionary, L0, steps
+C. The site: dictionaries of the heads side by side and of the attention's output at equal number of features, L0, steps
    and data, on SmolLM2.
 
 The dictionaries of a part share recipe and effort; nothing was tuned but the learning rates, once, for all seeds.
@@ -49,8 +49,8 @@ from apportion.training import TrainingSettings, train
 CLAIM = (
     "A feature of the heads side by side is exactly a sum over heads, source positions and what lies upstream; it says "
     "what is moved (its activity concentrates on one next token) more than random or coordinate directions do, and "
-    "removing its strongest source's share removes the prediction; its dictionary costs the model no more loss than one "
-    "of the attention's output."
+    "removing its strongest source's share removes the prediction; its dictionary costs the model about as much loss as "
+    "one of the attention's output."
 )
 BASELINE = (
     "random unit directions and the coordinate axes at the same L0 on a known induction circuit; dictionaries of the "
@@ -244,7 +244,7 @@ def _topk(size: _Circuit, pool: Tensor, seed: int) -> SparseAutoencoder:
 
 
 def _l1(size: _Circuit, pool: Tensor, seed: int) -> SparseAutoencoder:
-    # The paper's way at a thousandth of its length: resampled at a quarter and at a half of the run, warmed up in a tenth.
+    # The paper's way at a hundredth of its length: resampled at a quarter and a half of the run, warm again in a tenth.
     recipe = Recipe(Threshold(0.0), 256, steps=1, learning_rate=4e-3, auxiliary="none", target_l0=6, penalty=1e-2)
     resampling = Resampling(
         every=max(size.steps // 4, 1), times=2, look_back=10, cutoff=1e-4, warmup=max(size.steps // 10, 1)
@@ -318,7 +318,7 @@ def _judge(
 
 
 def _purity(dense: Tensor, next_tokens: Tensor, fires: Tensor) -> float:
-    """The largest share of a feature's activity that is on one next token; the median of features that fire 20 times."""
+    """The largest share of a feature's activity on one next token; the median of features that fire 20 times."""
     mass = torch.zeros(64, dense.shape[1]).index_add_(0, next_tokens, dense)
     share = mass.amax(dim=0) / mass.sum(dim=0).clamp(min=1e-12)
     alive = fires >= 20
@@ -395,11 +395,11 @@ def _circuit_claims(measured: Measured) -> list[Comparison]:
 
 def _circuit_notes(size: _Circuit) -> list[str]:
     return [
-        f"B: two attention layers, width 64, 4 heads, vocabulary 64, texts of 48; {size.model_steps} steps of {size.batch} "
-        f"texts; F=256 (axes: 128), budget 6, {size.steps} steps of {size.batch_size} tokens; judged on tokens of "
+        f"B: two attention layers, width 64, 4 heads, vocabulary 64, texts of 48; {size.model_steps} steps of "
+        f"{size.batch} texts; F=256 (axes: 128), budget 6, {size.steps} steps of {size.batch_size} tokens; judged on tokens of "
         f"{size.test_sequences} texts of which a whole block was seen before.",
-        "B: localisation (where a feature's value comes from) is the pattern's doing: random directions show as much of it, "
-        "so it is printed beside them and no comparison counts it.",
+        "B: localisation (where a feature's value comes from) is the pattern's doing: random directions show as much of "
+        "it, so it is printed beside them and no comparison counts it.",
     ]
 
 
@@ -534,7 +534,7 @@ def _model_claims(size: _Real, measured: Measured) -> list[Comparison]:
             for claim, metric, limit in exact
         ),
         Comparison.positive(
-            f"C: a dictionary of the heads raises the loss at most {_ALIKE} times as much as one of the attention's output",
+            f"C: a dictionary of the heads raises the loss at most {_ALIKE} times as much as one of the attention output",
             (_ALIKE * of("attention output", "ce_increase") - of("heads", "ce_increase")).tolist(),
         ),
     ]
@@ -542,10 +542,11 @@ def _model_claims(size: _Real, measured: Measured) -> list[Comparison]:
 
 def _model_notes(size: _Real) -> list[str]:
     return [
-        "A: relative errors are of the sum of the sizes of the terms; float32 but for the one line that says otherwise.",
+        "A: errors are relative to the sum of the sizes of the terms; float32 but for the line that says otherwise.",
         f"C: {size.where}: {size.tokens} tokens harvested, 30 % of the documents held out; F={size.n_features}, TopK "
         f"{size.budget}, {size.steps} steps of {size.batch_size}, learning rate {size.learning_rate:g}; loss on "
-        f"{size.loss_contexts} held-out contexts. That alike means a factor of {_ALIKE} is ours; the paper compares no sites.",
+        f"{size.loss_contexts} held-out contexts. That alike means a factor of {_ALIKE} is ours; the paper compares no "
+        "sites.",
     ]
 
 
