@@ -4,7 +4,10 @@ import time
 
 import pytest
 
-COMMANDS = ("fetch", "train", "evaluate", "compare", "compare-dictionaries", "report", "steer", "study", "doctor")
+COMMANDS = (
+    *("fetch", "train", "evaluate", "compare", "compare-dictionaries", "report", "steer", "circuit", "explore"),
+    *("study", "doctor"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from apportion.cli import circuit, compare, compare_dictionaries, doctor, evaluate, fetch, report, steer, study, train
+from apportion.cli import (
+    circuit,
+    compare,
+    compare_dictionaries,
+    doctor,
+    evaluate,
+    explore,
+    fetch,
+    report,
+    steer,
+    study,
+    train,
+)
 from apportion.cli.errors import exit_code
 
 app = typer.Typer(
@@ -49,6 +61,7 @@ for command in (
     report.report,
     steer.steer,
     circuit.circuit,
+    explore.explore,
     study.study,
     doctor.doctor,
 ):

@@ -121,6 +121,10 @@ def train(
     job = join_job(mesh, device)
     if skip and target is None:
         raise InputError("--skip is for transcoders: give --target too, such as layers.9.mlp_out")
+    if target is not None and score is not None:
+        raise InputError(
+            "--gradient-weight and --target: gradients weigh the features of dictionaries, not of transcoders"
+        )
     if target is not None:
         check_transcoder(job, planned)
     if job.mesh is not None:

@@ -422,7 +422,7 @@ def only_where(valid: Tensor, replace: Callable[[Tensor], Tensor]) -> Callable[[
 
 
 def _only_where_from(valid: Tensor, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """`_only_where`, with what the function makes of the activations at another site."""
+    """`only_where`, with what the function makes of the activations at another site."""
 
     def replaced(source: Tensor, activations: Tensor) -> Tensor:
         out = activations.clone()

@@ -10,13 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from apportion.data.files import write_atomically
 from apportion.features.transcoder_circuits import Circuit, Node
-from apportion.report.html import page_policy, page_version
+from apportion.report.html import page_policy, page_version, read_templates, template
 from apportion.report.payload import readable
 
 _CELL, _ROW, _LEFT, _TOP = 34.0, 64.0, 128.0, 34.0
@@ -66,17 +65,13 @@ def write_circuit(
         InputError: the folder cannot be written or the disk is full.
         ValueError: another number of tokens than the circuit has.
     """
-    from jinja2 import Environment, StrictUndefined
-
     if len(tokens) != len(circuit.input_ids):
         raise ValueError(f"{len(tokens)} tokens for a circuit of {len(circuit.input_ids)}: give one text for each")
-    path, templates = Path(path), files("apportion.report") / "templates"
+    path = Path(path)
     shown = [visible(each) for each in tokens]
-    style = "\n".join((templates / name).read_text(encoding="utf-8").strip() for name in ("report.css", "circuit.css"))
-    script = (templates / "circuit.js").read_text(encoding="utf-8").strip()
+    style, script = read_templates(["report.css", "circuit.css"]), read_templates(["circuit.js"])
     drawing = Drawing(circuit, shown, vocabulary or {})
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string((templates / "circuit.html.j2").read_text(encoding="utf-8")).render(
+    page = template("circuit.html.j2").render(
         title=readable(title),
         policy=page_policy(script, style),
         style=style,

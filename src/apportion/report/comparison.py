@@ -4,11 +4,8 @@ The page is whole in itself: no script, no font, no request. Every text in it, f
 through the template's escaping; its Content-Security-Policy allows its own style sheet and nothing else.
 """
 
-import base64
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from apportion.data.files import write_atomically
 from apportion.features.contexts import FeatureContexts
 from apportion.features.similarity import SHARED_AT, BestMatches, Matching, PairActivations
 from apportion.report.charts import Chart, similarity_chart
+from apportion.report.html import page_policy, read_templates, template
 from apportion.report.payload import readable
 
 # Bands of cosine that pairs are shown from: the likest, those that barely are partners, and what lies between.
@@ -81,20 +79,12 @@ def write_comparison(
     Raises:
         InputError: the folder cannot be written or the disk is full.
     """
-    from jinja2 import Environment, StrictUndefined
-
     path = Path(path)
-    templates = files("apportion.report") / "templates"
-    style = "\n".join(
-        (templates / name).read_text(encoding="utf-8").strip() for name in ("report.css", "comparison.css")
-    )
-    digest = base64.b64encode(hashlib.sha256(style.encode("utf-8")).digest()).decode("ascii")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((templates / "comparison.html.j2").read_text(encoding="utf-8"))
+    style = read_templates(["report.css", "comparison.css"])
     shown = _Shown(data, examples)
-    stream = template.stream(
+    stream = template("comparison.html.j2").stream(
         title=readable(data.title),
-        policy=f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        policy=page_policy("", style),
         style=style,
         sides=[data.a.name, data.b.name],
         summary=[(name, *_facts(data, name)) for name in dict.fromkeys([*data.a.summary, *data.b.summary])],
