@@ -12,6 +12,7 @@ from apportion.features.contexts import ContextView, SparseEncoder, collect_cont
 from apportion.features.geometry import nearest_features
 from apportion.features.logit_lens import logit_lens
 from apportion.features.mutual_feature_choice import ZipfFit
+from apportion.models.spelling import byte_level_alphabet, kind_of_vocabulary
 from apportion.report.data import ErrorByDifficulty, Metric, ReportData
 
 
@@ -156,7 +157,7 @@ def token_texts(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
     Leading spaces survive (SentencePiece drops them), WordPiece tokens get the space that precedes a new word, and a
     token that is only part of a character shows its bytes, e.g. ``⟨E2 80⟩``, rather than a replacement character.
     """
-    byte_of = {character: byte for byte, character in _byte_level_alphabet().items()}
+    byte_of = {character: byte for byte, character in byte_level_alphabet().items()}
 
     def texts(ids: Sequence[int]) -> list[str]:
         return [
@@ -165,9 +166,7 @@ def token_texts(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
         ]
 
     special = set(tokenizer.all_special_ids)
-    # By majority: a byte-level vocabulary made from code also holds tokens that begin with ## and with ▁.
-    marks = {mark: sum(piece.startswith(mark) for piece in tokenizer.get_vocab()) for mark in ("Ġ", "##", "▁")}
-    kind = max(marks, key=lambda mark: marks[mark])
+    kind = kind_of_vocabulary(tokenizer)
 
     def _token_text(token: int, piece: str | None) -> str:
         if piece is None:
@@ -192,10 +191,3 @@ def _bytes_text(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return f"⟨{raw.hex(' ').upper()}⟩"
-
-
-def _byte_level_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte (Radford et al. 2019, ``bytes_to_unicode``)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in set(printable)]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
