@@ -120,3 +120,28 @@ def test_detach_cuts_the_gradient() -> None:
 def test_an_allocation_cannot_be_changed(allocation: Allocation) -> None:
     with pytest.raises(AttributeError):
         allocation.shape = (1, 1)  # type: ignore[misc]
+
+
+def test_plus_is_the_sum_of_the_dense_forms_in_column_order() -> None:
+    other = WON.roll(1, dims=0)
+    scores = SCORES.flip(1)
+    left, right = allocation_of(SCORES, WON), allocation_of(scores, other)
+    both = left.plus(right)
+    assert both.to_dense().equal(left.to_dense() + right.to_dense())
+    assert torch.stack([both.row_indices(), both.col_indices], dim=1).equal((WON | other).nonzero())
+
+
+def test_plus_keeps_what_cancels_and_passes_gradients(allocation: Allocation) -> None:
+    values = allocation.values.clone().requires_grad_()
+    difference = allocation.with_values(values).plus(allocation.with_values(-allocation.values))
+    assert difference.nnz == allocation.nnz
+    assert difference.values.eq(0).all()
+    difference.values.sum().backward()
+    assert values.grad is not None
+    assert values.grad.eq(1).all()
+
+
+def test_plus_of_nothing_and_of_another_shape(allocation: Allocation, nothing: Allocation) -> None:
+    assert nothing.plus(nothing).shape == nothing.shape
+    with pytest.raises(ValueError, match="shapes"):
+        allocation.plus(nothing)

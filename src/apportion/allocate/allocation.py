@@ -73,6 +73,22 @@ class Allocation:
             raise ValueError(f"values has shape {tuple(values.shape)}, but there are {self.nnz} entries: give one each")
         return replace(self, values=values)
 
+    def plus(self, other: "Allocation") -> "Allocation":
+        """The entrywise sum of two allocations of one shape: whoever won in either; differentiable in both.
+
+        An entry whose values cancel stays, with the value 0.
+        """
+        if self.shape != other.shape:
+            raise ValueError(f"allocations of shapes {self.shape} and {other.shape} cannot be added: give equal shapes")
+        rows, columns = self.shape
+        places = torch.cat([each.row_indices() * columns + each.col_indices for each in (self, other)])
+        unique, position = torch.unique(places, return_inverse=True)
+        values = torch.cat([self.values, other.values])
+        row = torch.div(unique, max(columns, 1), rounding_mode="floor")
+        crow = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
+        summed = values.new_zeros(unique.numel()).index_add(0, position, values)
+        return Allocation(crow, unique - row * columns, summed, self.shape)
+
     def matmul(self, dense: Float[Tensor, "columns d"], sparse_grad: bool = False) -> Float[Tensor, "rows d"]:
         """The sparse matrix times ``dense``; differentiable in both.
 

@@ -12,7 +12,8 @@ arXiv 2411.02124) and the names here:
 | z, x-hat | ``encode(x)``, ``decode(codes)`` |
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,7 @@ from apportion.errors import InputError
 from apportion.features.jump_relu import LearnedThreshold, jump_relu
 from apportion.features.rules import rule_from_dict, rule_to_dict
 from apportion.features.statistics import FeatureStatistics
+from apportion.models.site import Site
 from apportion.ops import project_rows_
 from apportion.training.checkpoint import explained
 
@@ -333,6 +335,42 @@ class SparseAutoencoder(nn.Module):
         for each in shifts:
             each.div_(scale)
         self.input_scale.fill_(1.0)
+
+    # --- in a running model; see apportion.features.steering ---------------------------------------------------------
+
+    def steer(
+        self, model: Any, site: Site | str, strengths: Mapping[int, float], **options: Any
+    ) -> AbstractContextManager[None]:
+        """In a ``with`` block, add ``{feature: strength}`` to the codes of a running model, also while it generates.
+
+        ::
+
+            with dictionary.steer(model, "layers.9.residual", {2301: 8.0}):
+                model.model.generate(**inputs)
+
+        Strengths are in the units of the code. See ``steering.edit_codes`` for ``options`` and errors.
+        """
+        from apportion.features import steering
+
+        return steering.steer(model, site, self, strengths, **options)
+
+    def clamp(
+        self, model: Any, site: Site | str, values: Mapping[int, float], **options: Any
+    ) -> AbstractContextManager[None]:
+        """In a ``with`` block, set the codes of some features to ``{feature: value}``; see ``steer``."""
+        from apportion.features import steering
+
+        edit = steering.setting(steering.checked_values(self, values, "value"))
+        return steering.edit_codes(model, site, self, edit, **options)
+
+    def ablate(
+        self, model: Any, site: Site | str, features: Iterable[int], **options: Any
+    ) -> AbstractContextManager[None]:
+        """In a ``with`` block, set the codes of some features to 0; see ``steer``."""
+        from apportion.features import steering
+
+        edit = steering.setting(dict.fromkeys(steering.checked_features(self, features), 0.0))
+        return steering.edit_codes(model, site, self, edit, **options)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
