@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from apportion.cli import compare, doctor, evaluate, fetch, report, study, train
+from apportion.cli import compare, doctor, evaluate, explain, fetch, report, study, train
 from apportion.cli.errors import exit_code
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ for command in (
     train.train,
     evaluate.evaluate,
     compare.compare,
+    explain.explain,
     report.report,
     study.study,
     doctor.doctor,

@@ -40,7 +40,9 @@ class ChatServer:
         try:
             import openai
         except ImportError as error:
-            raise InputError("a judge behind a server needs the package openai: pip install 'apportion[judge]'") from error
+            raise InputError(
+                "a judge behind a server needs the package openai: pip install 'apportion[judge]'"
+            ) from error
         self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or _OFFICIAL
         self.model = model
         self.name = f"openai:{model}"
@@ -48,7 +50,9 @@ class ChatServer:
         key = api_key or os.environ.get("OPENAI_API_KEY")
         self._is_official = self.base_url.rstrip("/") == _OFFICIAL
         if not key and self._is_official:
-            raise InputError("OPENAI_API_KEY is not set: set it, or name a server of your own with base_url (--base-url)")
+            raise InputError(
+                "OPENAI_API_KEY is not set: set it, or name a server of your own with base_url (--base-url)"
+            )
         if timeout <= 0 or retries < 0:
             raise InputError(f"timeout={timeout}, retries={retries}: above 0 seconds, and not fewer than 0 retries")
         self._client = openai.OpenAI(
@@ -79,9 +83,10 @@ class ChatServer:
         settings |= {} if seed is None else {"seed": seed}
         if top_logprobs and "logprobs" in self.capabilities:
             settings |= {"logprobs": True, "top_logprobs": top_logprobs}
+        said: Any = [dict(each) for each in messages]
         try:
-            said = self._client.chat.completions.create(
-                model=self.model, messages=[dict(each) for each in messages], temperature=temperature, **settings
+            answer = self._client.chat.completions.create(
+                model=self.model, messages=said, temperature=temperature, **settings
             )
         except openai.APITimeoutError as error:
             raise ChatError("timeout", f"{self.base_url} did not answer in time") from error
@@ -98,8 +103,10 @@ class ChatServer:
             raise ChatError(kind, f"{self.base_url} says {error.status_code}: {_first_line(error)}") from error  # type: ignore[arg-type]
         except (openai.OpenAIError, ValueError, TypeError) as error:
             # A body that is no JSON, or JSON of another shape.
-            raise ChatError("nonsense", f"{self.base_url} answered what cannot be read: {_first_line(error)}") from error
-        return self._generation(said)
+            raise ChatError(
+                "nonsense", f"{self.base_url} answered what cannot be read: {_first_line(error)}"
+            ) from error
+        return self._generation(answer)
 
     def score(self, prefix: Prefix, continuations: Sequence[str]) -> list[list[float]]:
         """Servers do not tell the likelihood of a given text."""

@@ -112,6 +112,11 @@ class LocalChat:
                     found.append(told.tolist())
         return found
 
+    @property
+    def exclusive(self) -> threading.Lock:
+        """Held while the model answers; who holds it has the model for itself, to steer it for instance."""
+        return self._model_is_free
+
     def prompt(self, messages: Messages) -> str:
         """A conversation as the text that the model continues with its answer."""
         tokenizer = self.lm.tokenizer
@@ -203,7 +208,9 @@ class LocalChat:
             )
         logits = torch.stack(out.logits, dim=1) if how.top_logprobs else None
         return [
-            self._said(out.sequences[row, longest:].tolist(), len(ids[row]), how, ends, None if logits is None else logits[row])
+            self._said(
+                out.sequences[row, longest:].tolist(), len(ids[row]), how, ends, None if logits is None else logits[row]
+            )
             for row in range(len(ids))
         ]
 

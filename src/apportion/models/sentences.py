@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from apportion.models.families import base_of
 from apportion.models.language import LanguageModel, load
 
 
@@ -45,7 +46,9 @@ class SentenceEncoder:
                     max_length=self.longest,
                     return_tensors="pt",
                 ).to(self.lm.device)
-                hidden = self.lm.model(**inputs).last_hidden_state.float()
+                hidden = base_of(self.lm.model)(
+                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+                ).last_hidden_state.float()
             mask = inputs["attention_mask"][:, :, None].float()
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
             found[part] = nn.functional.normalize(mean, dim=1).cpu()

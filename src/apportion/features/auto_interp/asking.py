@@ -69,9 +69,7 @@ class Asker:
             "top_logprobs": top_logprobs,
         }
         key = request_key("generate", list(messages), settings)
-        said = Generation.from_json(
-            self._answer(key, lambda chat: chat.generate(messages, **settings).to_json())
-        )
+        said = Generation.from_json(self._answer(key, lambda chat: chat.generate(messages, **settings).to_json()))
         read = said.prompt_tokens or sum(len(each["content"]) for each in messages) // _CHARACTERS_A_TOKEN
         written = said.completion_tokens or len(said.text) // _CHARACTERS_A_TOKEN
         self.usage.add(Usage(1, read, written))

@@ -13,8 +13,8 @@ _LONGEST_EXPLANATION = 600
 _LISTED_TOKENS = 11
 # How chat models commonly begin when they will not do a thing.
 _REFUSAL = re.compile(
-    r"^\W*(i('| a)m (very |truly )?sorry|sorry|i apologi[sz]e|i can('|no)?t|i cannot|i('| a)m (not able|unable)|i won't|"
-    r"as an ai\b|i must decline|unfortunately,? i)",
+    r"^\W*(i('| a)m (very |truly )?sorry|sorry|i apologi[sz]e|i can('|no)?t|i('| a)m (not able|unable)|i won't"
+    r"|as an ai\b|i must decline|unfortunately,? i)",
     re.IGNORECASE,
 )
 
@@ -130,7 +130,7 @@ def _strengths(example: Example, largest: float) -> str:
 
 def read_explanation(answer: str) -> Explanation | None:
     """The explanation in an answer, or None where there is none: nothing was said, or it was refused."""
-    before, mark, after = answer.rpartition(EXPLANATION_MARK)
+    _, mark, after = answer.rpartition(EXPLANATION_MARK)
     said = next((line.strip() for line in (after if mark else answer).splitlines() if line.strip()), "")
     said = said.strip().strip("*").strip()[:_LONGEST_EXPLANATION]
     if not said or (not mark and is_refusal(answer)):
@@ -147,14 +147,14 @@ def is_refusal(answer: str) -> bool:
 
 _DETECT = """You are given a description of a feature of text, and numbered fragments of text.
 For each fragment decide whether some part of it fits the description.
-Answer with a Python list of whole numbers and nothing else, one for each fragment in the order in which they stand: 1 if
-it fits, 0 if it does not."""
-_FUZZ = """You are given a description of a feature of text, and numbered fragments of text. In each fragment some tokens
-stand between << and >>.
+Answer with a Python list of whole numbers and nothing else, one for each fragment in the order in which they stand: 1
+if it fits, 0 if it does not."""
+_FUZZ = """You are given a description of a feature of text, and numbered fragments of text. In each fragment some
+tokens stand between << and >>.
 For each fragment decide whether the description fits the marked tokens themselves, in their context; what else the
 fragment holds does not matter.
-Answer with a Python list of whole numbers and nothing else, one for each fragment in the order in which they stand: 1 if
-the marked tokens fit, 0 if they do not."""
+Answer with a Python list of whole numbers and nothing else, one for each fragment in the order in which they stand: 1
+if the marked tokens fit, 0 if they do not."""
 _TAUGHT_JUDGING = (
     (
         "Words that say how somebody feels",
@@ -236,7 +236,10 @@ def _one_line(text: str) -> str:
 
 _TAUGHT_PAIRS = (
     ("Questions that ask for a reason", ("Why did the lamp go out again last night?", "I wonder why nobody answered.")),
-    ("Lists of ingredients", ("two onions, a clove of garlic, olive oil and salt", "flour, eggs, milk and a little sugar")),
+    (
+        "Lists of ingredients",
+        ("two onions, a clove of garlic, olive oil and salt", "flour, eggs, milk and a little sugar"),
+    ),
     (NULL_EXPLANATION, ("The harbour was empty at noon.", "def reset(self): self.count = 0")),
 )
 

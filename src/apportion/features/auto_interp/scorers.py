@@ -1,14 +1,14 @@
-"""Who judges an explanation: six scorers, each of which gives every window of the test a score.
+"""Who judges an explanation: scorers, each of which gives every window of the test a score.
 
 | scorer | what it asks | what it needs |
 |---|---|---|
 | ``detection`` | which of five windows fit the explanation | a chat model |
-| ``fuzzing`` | in which of five windows the marked tokens fit; wrong marks are in windows without the feature | a chat model |
-| ``fuzzing-inactive`` | the same; wrong marks are on silent tokens of windows with the feature | a chat model |
+| ``fuzzing`` | in which of five windows the marked tokens fit; wrong marks are where it is silent | a chat model |
+| ``fuzzing-inactive`` | the same; wrong marks are on silent tokens of windows in which it fires | a chat model |
 | ``simulation`` | how strong the feature is on every token | a chat model |
 | ``surprisal`` | whether the explanation makes the window likelier | likelihoods |
 | ``embedding`` | whether a sentence encoder finds explanation and window alike | an encoder |
-| ``example-embedding`` | the same with five train windows for the explanation: a control that reads no explanation | an encoder |
+| ``example-embedding`` | the same of five train windows, a control without explanation | an encoder |
 
 ``intervention``, which judges what a feature does rather than when it fires, is in ``intervention.py``.
 
@@ -22,7 +22,6 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -194,7 +193,7 @@ class Fuzzing(_Judging):
 
 
 class Simulation:
-    """How strong is the feature on every token of a window, from 0 to 10? (Bills et al. 2023)
+    """Guesses how strong the feature is on every token of a window, from 0 to 10 (Bills et al. 2023).
 
     The score of a window is the largest of its guesses; ``extra["pearson"]`` is the correlation of guesses and true
     strengths over the tokens of all windows, the score of the older method. One question a window.

@@ -99,9 +99,7 @@ def summarise(
         n=int(there.sum()),
         failed=dict(failed or {}),
         extra=dict(extra or {}),
-        windows=[
-            [example.source, example.quantile, score] for example, score in zip(examples, scores, strict=True)
-        ],
+        windows=[[example.source, example.quantile, score] for example, score in zip(examples, scores, strict=True)],
     )
 
 

@@ -1,4 +1,4 @@
-"""Windows of text as a judge reads them: plain, or with the tokens on which a feature fires between ``<<`` and ``>>``."""
+"""Windows of text as a judge reads them: plain, or with the tokens on which a feature fires in ``<<`` and ``>>``."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -103,9 +103,7 @@ def _runs(spans: Sequence[tuple[int, int]], tokens: np.ndarray) -> Iterator[tupl
         yield start, stop
 
 
-def levels(
-    activations: Float[np.ndarray, " tokens"], largest: float
-) -> Int[np.ndarray, " tokens"]:
+def levels(activations: Float[np.ndarray, " tokens"], largest: float) -> Int[np.ndarray, " tokens"]:
     """Activations as the whole numbers that a judge is shown: 10 is the feature's maximum, 0 is silence, tiny is 1."""
     if largest <= 0:
         return np.zeros(len(activations), dtype=np.int64)

@@ -1,0 +1,77 @@
+"""`apportion explain` and what `apportion report` shows of it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--train", "4", "--test", "4", "--min-windows", "8", "--features", "+12")
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_explains_without_any_model_and_goes_on_where_it_was(run, tiny_llama, typed):
+    answer = typed("explain", run, *SMALL, "--encoder", tiny_llama, "--json").json
+
+    summary = answer["summary"]
+    assert summary["calls"] == 0
+    assert sum(summary["status"].values()) == 12
+    assert summary["status"]["explained"] > 3
+    assert {row["name"] for row in answer["rows"]} == {"embedding"}
+    lines = (run / "explanations" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 12
+
+    again = typed("explain", run, *SMALL, "--encoder", tiny_llama, "--json").json
+    assert again["summary"]["done"] == 0
+    assert len((run / "explanations" / "results.jsonl").read_text(encoding="utf-8").splitlines()) == 12
+
+
+def test_other_settings_in_the_same_folder_are_refused_by_name(run, tiny_llama, typed):
+    typed("explain", run, *SMALL, "--encoder", tiny_llama)
+
+    outcome = typed("explain", run, *SMALL, "--encoder", tiny_llama, "--choice", "top")
+
+    assert outcome.code == 2
+    assert 'examples.choice (there: "quantiles", this run: "top")' in outcome.errors[0]
+
+
+def test_a_server_is_asked_only_with_leave(run, typed):
+    server = ("--judge", "openai:nobody", "--base-url", "http://127.0.0.1:9/v1", "--scorers", "detection")
+
+    outcome = typed("explain", run, *SMALL, *server)
+    assert outcome.code == 2
+    assert "--yes" in outcome.errors[0]
+
+    dry = typed("explain", run, *SMALL, *server, "--price-in", "2", "--dry-run", "--json").json
+    assert dry["estimate"]["calls"] > 0
+    assert dry["estimate"]["cost"] > 0
+    assert not (run / "explanations").exists()
+
+    outcome = typed("explain", run, *SMALL, *server, "--price-in", "2", "--max-cost", "0.000001")
+    assert outcome.code == 2
+    assert "--max-cost" in outcome.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--judge", "nobody"), "--judge nobody"),
+        (("--features", "a-b"), "--features"),
+        (("--features", "99999"), "--features"),
+        (("--scorers", "taste"), "--scorers taste"),
+        (("--scorers", "surprisal"), "needs score"),
+        (("--negatives", "others"), "negatives='others'"),
+        (("--judge", "local:smollm2", "--style", "grand"), "--style"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_asked(arguments, named, run, tiny_llama, typed, monkeypatch):
+    arguments = [str(tiny_llama) if each == "smollm2" else each for each in arguments]
+    arguments = [each.replace("local:smollm2", f"local:{tiny_llama}") for each in arguments]
+
+    outcome = typed("explain", run, "--encoder", tiny_llama, *arguments)
+
+    assert outcome.code == 2, outcome.err
+    assert named in outcome.errors[0]
