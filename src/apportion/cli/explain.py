@@ -299,7 +299,7 @@ def _scorer(
     if name in ("embedding", "example-embedding"):
         return Embedding(encode, by_examples=name == "example-embedding")
     simple: dict[str, Any] = {"detection": Detection, "simulation": Simulation, "surprisal": Surprisal}
-    return simple[name]() if name in simple else Fuzzing(inactive=name == "fuzzing-inactive")  # type: ignore[no-any-return]
+    return simple[name]() if name in simple else Fuzzing(inactive=name == "fuzzing-inactive")
 
 
 def _about(opened: "TrainedRun", prepared: "PreparedStore") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from apportion.features.geometry import nearest_features
 from apportion.features.logit_lens import logit_lens
 from apportion.features.mutual_feature_choice import ZipfFit
 from apportion.models.spelling import byte_level_alphabet, kind_of_vocabulary
-from apportion.report.data import ErrorByDifficulty, Metric, ReportData
+from apportion.report.data import ErrorByDifficulty, ExplainedFeature, Metric, ReportData, ScorerFigures
 
 
 @runtime_checkable
@@ -41,6 +41,7 @@ def build_report(
     history: Sequence[Mapping[str, float]] = (),
     zipf: ZipfFit | None = None,
     labels: Mapping[int, str] | None = None,
+    explanations: Mapping[int, ExplainedFeature] | None = None,
     document_names: Mapping[int, str] | None = None,
     held_out: ContextView | None = None,
     difficulty_contexts: int = 64,
@@ -61,6 +62,7 @@ def build_report(
         history: training log.
         zipf: law fitted to the densities.
         labels: what features are called.
+        explanations: what they mean and how well that holds, see ``explained_features``.
         document_names: names of the documents by number.
         held_out: contexts that were not trained on, for error by token difficulty; default ``view``.
         difficulty_contexts: how many of them, spread evenly; 0 leaves it out.
@@ -96,8 +98,43 @@ def build_report(
         lens=lens,
         nearest=nearest_features(weight),
         labels=labels or {},
+        explanations=explanations or {},
         document_names=document_names or {},
     )
+
+
+def explained_features(
+    records: Mapping[int, Mapping[str, Any]], style: str = "", judge: str = ""
+) -> dict[int, ExplainedFeature]:
+    """What a report shows of the records that `apportion.features.auto_interp.read_results` reads.
+
+    Args:
+        records: by feature; those without an explanation are left out.
+        style: of the explanations.
+        judge: who made and judged them.
+    """
+    return {
+        feature: ExplainedFeature(
+            record["explanation"],
+            style,
+            judge,
+            record["flagged"],
+            {
+                name: ScorerFigures(
+                    auroc=score["auroc"],
+                    balanced_accuracy=score["balanced_accuracy"],
+                    expected_precision=score["expected_precision"],
+                    by_quantile=score["by_quantile"],
+                    by_source={source: each["auroc"] for source, each in score["by_source"].items()},
+                    failed=score["failed"],
+                    notes=score["extra"],
+                )
+                for name, score in record["scores"].items()
+            },
+        )
+        for feature, record in records.items()
+        if record["status"] == "explained"
+    }
 
 
 @torch.no_grad()

@@ -21,15 +21,15 @@ _EXPLANATION_TOKENS = 160
 
 @runtime_checkable
 class Explainer(Protocol):
-    """What makes explanations.
+    """What makes explanations."""
 
-    Attributes:
-        style: its name, for the record.
-        needs: capabilities of a chat model that it asks for.
-    """
+    @property
+    def style(self) -> str:
+        """Its name, for the record."""
 
-    style: str
-    needs: frozenset[str]
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities of a chat model that it asks for."""
 
     def explain(self, examples: FeatureExamples, ask: Asker) -> Explanation:
         """Explain a feature from its train windows.

@@ -52,15 +52,15 @@ _VECTORS_KEPT = 50_000
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What judges explanations.
+    """What judges explanations."""
 
-    Attributes:
-        name: for the record.
-        needs: capabilities that the chat model must have.
-    """
+    @property
+    def name(self) -> str:
+        """For the record."""
 
-    name: str
-    needs: frozenset[str]
+    @property
+    def needs(self) -> frozenset[str]:
+        """Capabilities that the chat model must have."""
 
     def settings(self) -> dict[str, Any]:
         """What decides its scores, as JSON can hold it."""
