@@ -145,10 +145,10 @@ def explain(
         test=test,
         non_activating=test,
         quantiles=min(10, train, test),
-        choice=choice,  # type: ignore[arg-type]
+        choice=choice,
         negatives=tuple(_listed(negatives)),
         near_misses=10 if "contrastive" in style else 0,
-        split=split,  # type: ignore[arg-type]
+        split=split,
         min_windows=min_windows,
     )
     with about("--features"):

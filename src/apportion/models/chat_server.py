@@ -1,13 +1,15 @@
 """Any server that speaks OpenAI's chat protocol (vLLM, llama.cpp, Ollama, OpenAI itself ...) as a `ChatModel`."""
 
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from apportion.errors import InputError
-from apportion.models.chat import ChatError, Generation, Messages, Prefix
+from apportion.models.chat import ChatError, FailureKind, Generation, Messages, Prefix
 
 _OFFICIAL = "https://api.openai.com/v1"
+_LONGEST_PAUSE = 2.0
 
 
 class ChatServer:
@@ -20,7 +22,8 @@ class ChatServer:
         base_url: of the server, such as ``http://127.0.0.1:8000/v1``; default ``$OPENAI_BASE_URL``, else OpenAI's.
         api_key: default ``$OPENAI_API_KEY``; servers of one's own commonly need none.
         timeout: seconds for one attempt.
-        retries: further attempts after a timeout, a lost connection, or the statuses 408, 409, 429 and 5xx.
+        retries: further attempts after a timeout, a lost connection, an answer that cannot be read, or the statuses
+            408, 409, 429 and 5xx.
         logprobs: whether the server tells log-probabilities; without them scores are 0 or 1.
 
     Raises:
@@ -44,7 +47,7 @@ class ChatServer:
                 "a judge behind a server needs the package openai: pip install 'apportion[judge]'"
             ) from error
         self.base_url = base_url or os.environ.get("OPENAI_BASE_URL") or _OFFICIAL
-        self.model = model
+        self.model, self.retries = model, retries
         self.name = f"openai:{model}"
         self.capabilities = frozenset({"chat", "logprobs"} if logprobs else {"chat"})
         key = api_key or os.environ.get("OPENAI_API_KEY")
@@ -75,8 +78,6 @@ class ChatServer:
             ChatError: no answer after all attempts, or none that could be read.
             InputError: the server knows neither the key nor the model: no question will ever be answered.
         """
-        import openai
-
         # The older name is the one that every server knows, the newer the one that OpenAI's newer models ask for.
         settings: dict[str, Any] = {"max_completion_tokens" if self._is_official else "max_tokens": max_tokens}
         settings |= {} if stop is None else {"stop": stop}
@@ -84,10 +85,22 @@ class ChatServer:
         if top_logprobs and "logprobs" in self.capabilities:
             settings |= {"logprobs": True, "top_logprobs": top_logprobs}
         said: Any = [dict(each) for each in messages]
+        settings |= {"messages": said, "temperature": temperature}
+        for attempt in range(self.retries):
+            try:
+                return self._generation(self._answer(settings))
+            except ChatError as error:
+                # The package tries again where the server says that it failed, but not where its answer is garbled.
+                if error.kind != "nonsense":
+                    raise
+                time.sleep(min(0.1 * 2**attempt, _LONGEST_PAUSE))
+        return self._generation(self._answer(settings))
+
+    def _answer(self, settings: dict[str, Any]) -> Any:
+        import openai
+
         try:
-            answer = self._client.chat.completions.create(
-                model=self.model, messages=said, temperature=temperature, **settings
-            )
+            return self._client.chat.completions.create(model=self.model, **settings)
         except openai.APITimeoutError as error:
             raise ChatError("timeout", f"{self.base_url} did not answer in time") from error
         except openai.APIConnectionError as error:
@@ -99,14 +112,13 @@ class ChatServer:
         except openai.RateLimitError as error:
             raise ChatError("busy", f"{self.base_url} is busy: {_first_line(error)}") from error
         except openai.APIStatusError as error:
-            kind = "server error" if error.status_code >= 500 else "rejected"
-            raise ChatError(kind, f"{self.base_url} says {error.status_code}: {_first_line(error)}") from error  # type: ignore[arg-type]
+            kind: FailureKind = "server error" if error.status_code >= 500 else "rejected"
+            raise ChatError(kind, f"{self.base_url} says {error.status_code}: {_first_line(error)}") from error
         except (openai.OpenAIError, ValueError, TypeError) as error:
             # A body that is no JSON, or JSON of another shape.
             raise ChatError(
                 "nonsense", f"{self.base_url} answered what cannot be read: {_first_line(error)}"
             ) from error
-        return self._generation(answer)
 
     def score(self, prefix: Prefix, continuations: Sequence[str]) -> list[list[float]]:
         """Servers do not tell the likelihood of a given text."""

@@ -17,7 +17,7 @@ How it is kept honest and small:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -61,12 +61,12 @@ class ExampleSettings:
     test: int = 50
     non_activating: int = 50
     quantiles: int = 10
-    choice: Literal["quantiles", "top", "random", "mix"] = "quantiles"
+    choice: str = "quantiles"
     negatives: tuple[str, ...] = ("random",)
     near_misses: int = 0
     neighbours: int = 10
     per_neighbour: int = 10
-    split: Literal["document", "context"] = "document"
+    split: str = "document"
     min_windows: int = 200
     reservoir: int = 4
     pool: int = 4096

@@ -115,11 +115,12 @@ def _verdict(rule: Rule, shown: str, marked: bool, anywhere: bool) -> bool:
     holds = rule(text)
     if anywhere:
         return bool(holds.any())
-    inside = _marked_characters(shown, text)
+    inside = marked_characters(shown, text)
     return bool(holds[inside].any())
 
 
-def _marked_characters(shown: str, text: str) -> Bool[np.ndarray, " characters"]:
+def marked_characters(shown: str, text: str) -> Bool[np.ndarray, " characters"]:
+    """Which characters of a text stand between markers, given the text with them and without."""
     inside, found, place, at = False, np.zeros(len(text), dtype=np.bool_), 0, 0
     while at < len(shown):
         pair = shown[at : at + 2]

@@ -13,7 +13,7 @@ _LONGEST_EXPLANATION = 600
 _LISTED_TOKENS = 11
 # How chat models commonly begin when they will not do a thing.
 _REFUSAL = re.compile(
-    r"^\W*(i('| a)m (very |truly )?sorry|sorry|i apologi[sz]e|i can('|no)?t|i('| a)m (not able|unable)|i won't"
+    r"^\W*(i('| a)m (very |truly )?sorry|sorry|i apologi[sz]e|i can('|’|no)?t\b|i('| a)m (not able|unable)|i won't"
     r"|as an ai\b|i must decline|unfortunately,? i)",
     re.IGNORECASE,
 )
