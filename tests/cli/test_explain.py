@@ -1,5 +1,6 @@
 """`apportion explain` and what `apportion report` shows of it."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,3 +76,30 @@ def test_bad_input_is_named_before_anything_is_asked(arguments, named, run, tiny
 
     assert outcome.code == 2, outcome.err
     assert named in outcome.errors[0]
+
+
+def test_the_report_shows_what_was_explained(run, tiny_llama, typed):
+    typed("explain", run, *SMALL, "--encoder", tiny_llama)
+
+    assert typed("report", run, "--json").code == 0
+
+    from apportion.report.payload import decode_block
+
+    page = (run / "report.html").read_text(encoding="utf-8")
+    block = page.split('id="block-list">')[1].split("<")[0]
+    arrays, plain = decode_block(block)
+    records = [json.loads(line) for line in (run / "explanations" / "results.jsonl").read_text().splitlines()]
+    expected = {str(each["feature"]): each["explanation"] for each in records if each["status"] == "explained"}
+    assert plain["labels"] == expected
+    assert len(arrays["score"]) == 64
+
+
+def test_explanations_of_another_dictionary_are_not_shown(run, tiny_llama, typed):
+    typed("explain", run, *SMALL, "--encoder", tiny_llama)
+    settings = run / "explanations" / "settings.json"
+    settings.write_text(settings.read_text().replace('"dictionary": "', '"dictionary": "other'))
+
+    outcome = typed("report", run)
+
+    assert outcome.code == 2
+    assert "another dictionary" in outcome.errors[0]

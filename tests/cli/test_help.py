@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-COMMANDS = ("fetch", "train", "evaluate", "compare", "report", "study", "doctor")
+COMMANDS = ("fetch", "train", "evaluate", "compare", "explain", "report", "study", "doctor")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from apportion.features.auto_interp.windows import Example
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.steering import steer
 from apportion.models import LanguageModel, Site
-from apportion.models.chat import Message
+from apportion.models.chat import ChatError, Message
 from apportion.models.sampling import During, continue_texts, next_logits
 
 _SHORTEST_PROMPT = 4
@@ -66,7 +66,7 @@ class InterventionSettings:
     tested: int = 30
     candidates: int = 5
     tokens: int = 8
-    positions: Literal["last", "from_last"] = "last"
+    positions: str = "last"
     seed: int = 22
 
     def __post_init__(self) -> None:
@@ -183,10 +183,15 @@ class Intervention:
         explained, tested = self._prompts(examples)
         if len(explained) < 1 or len(tested) < 2:
             return Score(failed={"too few prompts": 1})
-        extra, scores = self._judged(self.dictionary, examples.feature, explained, tested, explanation, ask)
-        if self.control:
-            control, _ = self._judged(self._random, examples.feature, explained, tested, None, ask)
-            extra |= {f"control_{name}": value for name, value in control.items()}
+        try:
+            extra, scores = self._judged(self.dictionary, examples.feature, explained, tested, explanation, ask)
+            if self.control:
+                control, _ = self._judged(self._random, examples.feature, explained, tested, None, ask)
+                extra |= {f"control_{name}": value for name, value in control.items()}
+        except ChatError as error:
+            if error.passing:
+                raise
+            return Score(failed={error.kind: 1})
         steered, clean = scores
         return Score(
             auroc=auroc(np.array(steered), np.array(clean)),
