@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.mock_judge import mock_judge
+
 SMALL = ("--train", "4", "--test", "4", "--min-windows", "8", "--features", "+12")
 
 
@@ -76,6 +78,26 @@ def test_bad_input_is_named_before_anything_is_asked(arguments, named, run, tiny
 
     assert outcome.code == 2, outcome.err
     assert named in outcome.errors[0]
+
+
+def test_a_server_explains_and_judges_and_its_failures_are_reported(run, typed):
+    with mock_judge({"429": 0.2, "refusal": 0.1, "nonsense": 0.2}) as judge:
+        server = ("--judge", "openai:mock", "--base-url", judge.url, "--scorers", "detection,fuzzing", "--yes")
+        answer = typed("explain", run, *SMALL, "--negatives", "random,neighbour", *server, "--json").json
+        asked = judge.stats()["answered"]
+
+    summary = answer["summary"]
+    assert summary["calls"] == asked == answer["estimate"]["calls"] or summary["failures"]
+    assert set(summary["failures"]) <= {"refusal", "nonsense"}
+    assert {"detection", "fuzzing"} == {row["name"] for row in answer["rows"]}
+    assert {"auroc, random", "auroc, neighbour"} <= {row["metric"] for row in answer["rows"]}
+
+
+def test_a_local_judge_that_cannot_read_so_much_says_so(run, tiny_llama, typed):
+    local = ("--judge", f"local:{tiny_llama}", "--scorers", "detection", "--style", "contrastive-activations")
+    summary = typed("explain", run, *SMALL, *local, "--json").json["summary"]
+    assert set(summary["failures"]) == {"too long"}
+    assert summary["status"]["no explanation"] > 0
 
 
 def test_the_report_shows_what_was_explained(run, tiny_llama, typed):

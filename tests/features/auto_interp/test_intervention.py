@@ -130,21 +130,25 @@ def test_feature_and_random_direction_spend_the_same_and_are_scored(lm, dictiona
 
 
 def test_the_best_candidate_is_chosen_on_one_half_and_scored_on_the_other(lm, dictionary):
-    asked = []
     scorer = Intervention(lm, SITE, dictionary, SETTINGS, control=False)
     n = len(scorer._prompts(examples_of(lm))[1])
 
-    def likelihood(prefix, continuations):
-        asked.append(prefix)
-        steered = len(asked) <= n
-        first_half = (len(asked) - 1) % n < n // 2
-        # "good" looks good on the first half alone.
-        gains = {" good": 1.0 if first_half else 0.1, " fair": 0.5}
-        return [[gains.get(text, 0.0) if steered else 0.0] for text in continuations]
+    class Forgetful(Asker):
+        """Passages can be alike here; this one answers each anew."""
+
+        asked = 0
+
+        def score(self, prefix, continuations):
+            self.asked += 1
+            steered, in_first_half = self.asked <= n, (self.asked - 1) % n < n // 2
+            # "good" looks good on the first half alone.
+            gains = {" good": 1.0 if in_first_half else 0.1, " fair": 0.5}
+            return [[gains.get(text, 0.0) if steered else 0.0] for text in continuations]
 
     answers = iter(["good", "fair"])
-    judge = CallableChat(lambda messages: next(answers), likelihood=likelihood)
-    score = scorer.score(examples_of(lm), Explanation("words"), Asker(judge))
+    ask = Forgetful(CallableChat(lambda messages: next(answers)))
+    score = scorer.score(examples_of(lm), Explanation("words"), ask)
+    assert ask.asked == 2 * n
     assert score.extra["explanation"] == "good"
     assert score.extra["nats"] == pytest.approx(0.1)
     assert score.extra["nats_of_explanation"] == 0.0

@@ -71,6 +71,7 @@ def test_features_are_explained_and_judged_and_the_records_say_how(tmp_path):
     assert records[7]["explanation"] == "texts with f7x"
     assert records[7]["scores"]["detection"]["balanced_accuracy"] == 1.0
     assert records[7]["usage"]["calls"] == 3
+    assert len(read_results(tmp_path / "out", windows=True)[7]["scores"]["detection"]["windows"]) == 10
     assert summary.status == {"explained": 12}
     assert summary.usage.calls == 36 == sum(judge.asked.values())
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["calls"] == 36

@@ -139,8 +139,12 @@ class Records:
         self._journal_limit = max(_LARGEST_JOURNAL, 2 * path.stat().st_size)
 
 
-def read_results(folder: Path | str) -> dict[int, dict[str, Any]]:
+def read_results(folder: Path | str, *, windows: bool = False) -> dict[int, dict[str, Any]]:
     """The records of a folder of explanations by feature; an unfinished run's are those it has.
+
+    Args:
+        folder: of the explanations.
+        windows: also the scores of single windows, which are most of what the records hold.
 
     Raises:
         InputError: there are none, or a line is damaged.
@@ -148,7 +152,13 @@ def read_results(folder: Path | str) -> dict[int, dict[str, Any]]:
     path = Path(folder) / RESULTS
     if not path.exists():
         raise InputError(f"{folder} holds no explanations: run `apportion explain` first")
-    return {int(record["feature"]): record for record in _lines(path, repair=False)}
+    found = {}
+    for record in _lines(path, repair=False):
+        if not windows:
+            for score in record.get("scores", {}).values():
+                score.pop("windows", None)
+        found[int(record["feature"])] = record
+    return found
 
 
 def _lines(path: Path, *, repair: bool = True) -> Iterator[dict[str, Any]]:
