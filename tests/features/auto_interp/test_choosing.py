@@ -82,7 +82,7 @@ def test_activations_are_those_of_the_window_and_negatives_are_silent(text, exam
         assert len(shown.train) == len(shown.test) == 10
         for example in (*shown.train, *shown.test):
             expected = text.window(example.number)[:, feature]
-            assert example.activations == pytest.approx(expected, abs=1e-3)
+            assert example.activations == pytest.approx(expected, rel=1e-3, abs=1e-3)
             assert expected.any()
         for example in (*shown.negatives, *shown.near_misses):
             assert not text.window(example.number)[:, feature].any()

@@ -316,7 +316,9 @@ class _Choice:
         flat = (window * codes.length)[:, None] + np.arange(codes.length)
         found = codes.activations(self.features[row], flat)
         positive = slot < self.window.shape[1]
-        self.activations[row[positive], slot[positive]] = found[positive]
+        # Shares of the maximum: half precision holds neither large nor tiny activations.
+        largest = np.maximum(self.survey.largest[self.features[row]], np.finfo(np.float32).tiny)
+        self.activations[row[positive], slot[positive]] = (found / largest[:, None])[positive]
         self._silent[row, slot] = ~found.any(axis=1)
 
     def examples(

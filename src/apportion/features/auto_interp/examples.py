@@ -129,7 +129,7 @@ class Examples:
         n_windows, density, window_density, largest: see `FeatureExamples`.
         chosen: for each feature the train windows, then the test windows, as rows of the table; -1: there was none.
         quantile: of each of those.
-        activations: of the feature on their tokens.
+        activations: of the feature on their tokens, as shares of its largest in the text.
         negatives: rows of the table for each source, and for ``near``.
         numbers: of the table's windows in the text.
         token_ids: of the table's windows.
@@ -175,7 +175,7 @@ class Examples:
         positives: list[list[Example]] = [[], []]
         for slot, place in enumerate(self.chosen[row].tolist()):
             if place >= 0:
-                activations = self.activations[row, slot].astype(np.float32)
+                activations = self.activations[row, slot].astype(np.float32) * self.largest[row]
                 positives[slot >= split].append(
                     example(place, activations, "activating", int(self.quantile[row, slot]))
                 )
