@@ -66,6 +66,7 @@ def test_a_server_is_asked_only_with_leave(run, typed):
         (("--features", "99999"), "--features"),
         (("--scorers", "taste"), "--scorers taste"),
         (("--scorers", "surprisal"), "needs score"),
+        (("--style", "contrastive"), "--style contrastive"),
         (("--negatives", "others"), "negatives='others'"),
         (("--judge", "local:smollm2", "--style", "grand"), "--style"),
     ],

@@ -154,6 +154,8 @@ def explain(
     with about("--features"):
         wanted = _numbers(features, opened.sae.n_features)
     names = _scorer_names(scorers, judge)
+    if judge == "tokens" and style != "default":
+        raise InputError(f"--style {style}: the judge `tokens` has no styles; choose another --judge, or leave it out")
     prepared = reopen_store(opened, device=device)
     lm = load(prepared.source.model, prepared.source.model_dtype, device)
     chat = _judge(judge, lm, base_url, logprobs, timeout, retries, device)
