@@ -46,6 +46,7 @@ def write_report(path: Path | str, data: ReportData) -> Path:
         n_features=data.contexts.n_features,
         n_dead=int((data.contexts.fires == 0).sum()),
         n_tokens=data.contexts.n_tokens,
+        has_explanations=bool(data.explanations),
         has_lens=data.lens is not None,
         version=page_version(),
         has_explorer=(path.parent / EXPLORER).exists(),

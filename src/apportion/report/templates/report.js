@@ -191,6 +191,7 @@
       { key: "id", name: "Feature", value: (feature) => feature, first: "up" },
       { key: "name", name: about.lens ? (labels.size ? "Label or promoted tokens" : "Promotes") : "Label", value: nameOf, first: "up", style: "promotes", shown: about.lens > 0 || labels.size > 0 },
       { key: null, name: "Strongest context", style: "text" },
+      { key: "score", name: "Score", value: (feature) => (Number.isNaN(list.score[feature]) ? -1 : list.score[feature]), style: "number rated", shown: list.score.length > 0, hint: `AUROC of the explanation by ${about.scorer}: 0.5 is chance, 1 is perfect` },
       { key: "density", name: "Active on", value: byNumber(list.fires), style: "number" },
       { key: "max", name: "Max", value: byNumber(list.max), style: "number max" },
       { key: "mean", name: "Mean", value: byNumber(list.mean), style: "number mean" },
@@ -344,10 +345,16 @@
     fill.style.setProperty("--share", share ? Math.max(0.02, 1 + Math.log10(share) / 5) : 0);
     gauge.append(fill);
     density.append(gauge, make("span", share ? "" : "dead", percent(share)));
+    if (list.score.length) row.append(ratedOf(feature));
     row.append(density, make("span", "number max", even(list.max[feature])), make("span", "number mean", even(list.mean[feature])));
     if (list.cosine.length) row.append(make("span", "number similar", list.cosine[feature].toFixed(2)));
     for (const cell of row.children) cell.setAttribute("role", "cell");
     return row;
+  }
+
+  function ratedOf(feature) {
+    const score = list.score[feature];
+    return Number.isNaN(score) ? make("span", "number rated dead", "–") : make("span", "number rated", score.toFixed(2));
   }
 
   function choose(index) {
@@ -378,6 +385,8 @@
     const contexts = make("div");
     drawContexts(contexts, feature, chunk, row);
     const aside = make("aside");
+    const explained = chunk.plain.explained[row];
+    if (explained) aside.append(explanationOf(explained));
     aside.append(histogram(feature, chunk, row));
     if (about.lens) aside.append(lensOf(feature, chunk, row));
     if (about.nearest) aside.append(nearOf(chunk, row));
@@ -518,6 +527,60 @@
     if (text !== null) node.textContent = text;
     return node;
   };
+
+  // What a feature is said to mean, who says so, and how well it holds.
+  function explanationOf(explained) {
+    const section = make("section", "explained");
+    const heading = make("h3", "", "Explanation");
+    heading.append(make("span", "", [explained.style, explained.judge].filter(Boolean).join(" · ")));
+    section.append(heading, make("p", "says", explained.text));
+    if (explained.flagged) section.append(make("p", "aside-note", "The judge did not keep to the form that it was asked for."));
+    if (!explained.scores.length) return section;
+    const table = make("table");
+    const head = make("tr");
+    for (const [name, hint] of [["", ""], ["AUROC", "The chance that a text with the feature scores higher than one without"], ["Balanced", "Mean of the shares of texts with and without the feature that were told right"], ["By strength", "Share of texts with the feature that were recognised, from the weakest tenth of its activations to the strongest"]]) {
+      const cell = make("th", "", name);
+      if (hint) cell.title = hint;
+      head.append(cell);
+    }
+    table.append(head);
+    const figure = (value) => (value === null ? "–" : value.toFixed(2));
+    for (const score of explained.scores) {
+      const line = make("tr");
+      line.append(make("th", "", score.name), make("td", "number", figure(score.auroc)), make("td", "number", figure(score.balanced)));
+      const bars = make("td");
+      if (score.quantiles.length) bars.append(quantilesOf(score));
+      line.append(bars);
+      table.append(line);
+      const more = [];
+      if (score.sources.length > 1) more.push("AUROC by negatives: " + score.sources.map(([source, value]) => `${source} ${figure(value)}`).join(", "));
+      if (score.precision !== null) more.push(`expected precision on plain text ${figure(score.precision)}`);
+      for (const [what, value] of score.notes) more.push(`${what.replaceAll("_", " ")}: ${typeof value === "number" ? digits(value) : value}`);
+      if (score.failed.length) more.push("no answer: " + score.failed.map(([kind, count]) => `${count} ${kind}`).join(", "));
+      if (!more.length) continue;
+      const notes = make("tr");
+      const cell = make("td", "aside-note", more.join(" · "));
+      cell.colSpan = 4;
+      notes.append(cell);
+      table.append(notes);
+    }
+    section.append(table);
+    return section;
+  }
+
+  function quantilesOf(score) {
+    const [wide, tall] = [9, 20];
+    const drawing = svg("svg", { viewBox: `0 0 ${score.quantiles.length * wide} ${tall}`, role: "img", class: "quantiles" });
+    drawing.append(svg("title", {}, `Recognised by ${score.name}, from weak to strong activations`));
+    score.quantiles.forEach((share, index) => {
+      const height = share === null ? 0 : Math.max(1, share * tall);
+      const bar = svg("rect", { class: "bar", x: index * wide + 1, width: wide - 2, y: tall - height, height });
+      bar.append(svg("title", {}, `${index + 1} of ${score.quantiles.length}, weak to strong: ${share === null ? "no text" : Math.round(share * 100) + " % recognised"}`));
+      drawing.append(bar);
+    });
+    drawing.append(svg("line", { class: "axis", x1: 0, x2: score.quantiles.length * wide, y1: tall, y2: tall }));
+    return drawing;
+  }
 
   function histogram(feature, chunk, row) {
     const section = make("section");
@@ -805,6 +868,7 @@
     promotedWords = about.lens;
     defineColumns();
     if (!list.cosine.length) document.body.classList.add("no-similar");
+    if (list.score.length) document.body.classList.add("scored");
     if (!columns.some((column) => column.key === "name")) byId("head").classList.add("plain");
     let waiting = 0;
     let round = 0;
