@@ -81,6 +81,11 @@ class _Size:
         """The conditions in words."""
         return f"{self.model} {self.site}, {self.text}"
 
+    @property
+    def chooses(self) -> bool:
+        """Whether there is a choice of beta or learning rate to make."""
+        return len(self.betas) > 1 or len(self.rates) > 1
+
 
 _LONG = _Size(
     site="layers.20.residual",
@@ -303,7 +308,8 @@ class _Trials:
         folder = cache_dir() / "stores" / name.replace("/", "-").replace("torch.", "")
         store = harvest(lm, size.site, corpus(size.text), folder, tokens=size.tokens, gradients=size.target)
         self.train, held_out = store.split(0.3)
-        choosing, self.test = held_out.split(0.5)
+        # Where nothing is chosen, a text of few documents need not be cut once more.
+        choosing, self.test = held_out.split(0.5) if size.chooses else (held_out, held_out)
         self.choosing, self.judging = (_Spliced(lm, self.site, view, size.contexts) for view in (choosing, self.test))
         rows = torch.arange(min(2000, self.test.n_tokens))
         self.test_gradients = self.test.read(rows, gradient_of(size.site))
