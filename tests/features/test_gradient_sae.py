@@ -209,3 +209,15 @@ def test_what_cannot_be_is_refused() -> None:
         sae.decoder_weight.mul_(2)
     with pytest.raises(InputError, match=r"rows are up to 1 off unit norm"):
         encode_with_gradients(sae, x, drawn(2))
+
+
+def test_the_mean_effect_is_that_of_all_batches_at_first_and_travels_with_the_weights() -> None:
+    sae = made(kind=GradientAutoencoder)
+    for mean in (1.0, 3.0, 8.0):
+        sae.see_effects(torch.tensor(mean))
+    assert float(sae.effect_mean) == pytest.approx(4.0)
+    assert float(sae.effect_now) == 8.0
+    again = made(kind=GradientAutoencoder)
+    again.load_state_dict(sae.state_dict())
+    assert float(again.effect_mean) == pytest.approx(4.0)
+    assert int(again.effect_batches) == 3
