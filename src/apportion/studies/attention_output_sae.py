@@ -49,8 +49,8 @@ from apportion.training import TrainingSettings, train
 CLAIM = (
     "A feature of the heads side by side is exactly a sum over heads, source positions and what lies upstream; it says "
     "what is moved (its activity concentrates on one next token) more than random or coordinate directions do, and "
-    "removing its strongest source's share removes the prediction; its dictionary costs the model about as much loss as "
-    "one of the attention's output."
+    "removing its strongest source's share removes the prediction; its dictionary costs the model about as much loss "
+    "as one of the attention's output."
 )
 BASELINE = (
     "random unit directions and the coordinate axes at the same L0 on a known induction circuit; dictionaries of the "
@@ -396,10 +396,10 @@ def _circuit_claims(measured: Measured) -> list[Comparison]:
 def _circuit_notes(size: _Circuit) -> list[str]:
     return [
         f"B: two attention layers, width 64, 4 heads, vocabulary 64, texts of 48; {size.model_steps} steps of "
-        f"{size.batch} texts; F=256 (axes: 128), budget 6, {size.steps} steps of {size.batch_size} tokens; judged on tokens of "
-        f"{size.test_sequences} texts of which a whole block was seen before.",
-        "B: localisation (where a feature's value comes from) is the pattern's doing: random directions show as much of "
-        "it, so it is printed beside them and no comparison counts it.",
+        f"{size.batch} texts; F=256 (axes: 128), budget 6, {size.steps} steps of {size.batch_size} tokens; judged on "
+        f"tokens of {size.test_sequences} texts of which a whole block was seen before.",
+        "B: localisation (where a feature's value comes from) is the pattern's doing: random directions show as much "
+        "of it, so it is printed beside them and no comparison counts it.",
     ]
 
 
@@ -534,7 +534,7 @@ def _model_claims(size: _Real, measured: Measured) -> list[Comparison]:
             for claim, metric, limit in exact
         ),
         Comparison.positive(
-            f"C: a dictionary of the heads raises the loss at most {_ALIKE} times as much as one of the attention output",
+            f"C: the heads' dictionary raises the loss at most {_ALIKE} times as much as the attention output's",
             (_ALIKE * of("attention output", "ce_increase") - of("heads", "ce_increase")).tolist(),
         ),
     ]
