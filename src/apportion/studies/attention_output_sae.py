@@ -568,10 +568,10 @@ def _model_notes(size: _Real) -> list[str]:
     return [
         "A: errors are relative to the sum of the sizes of the terms; float32 but for the line that says otherwise.",
         f"C: {size.where}: {size.tokens} tokens harvested, 30 % of the documents held out; F={size.n_features}, TopK "
-        f"{size.budget}, {size.steps} steps of {size.batch_size}, learning rate {size.learning_rate:g}; loss on "
-        f"{size.loss_contexts} held-out contexts. Compared by KL to the model itself: a first run compared loss "
-        "increases, which for one layer's attention are zero to within noise, and below it. That alike means a factor of "
-        f"{_ALIKE} is ours; the paper compares no sites.",
+        f"{size.budget}, {size.steps} steps of {size.batch_size}, learning rate {size.learning_rate:g}; loss "
+        f"on {size.loss_contexts} held-out contexts. Compared by KL to the model itself: a first run compared loss "
+        "increases, which for one layer's attention are zero to within noise, and below it. That alike means a factor "
+        f"of {_ALIKE} is ours; the paper compares no sites.",
     ]
 
 
