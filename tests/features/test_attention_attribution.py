@@ -7,8 +7,9 @@ from apportion.errors import InputError
 from apportion.features.attention_attribution import Node, RecursiveAttribution, rdfa
 from apportion.features.attention_output_sae import Reader
 from apportion.features.attention_scores import score_expansion
-from apportion.models import Site
+from apportion.models import Site, load
 from apportion.models.direct_paths import DirectPaths
+from apportion.models.packaged import fetched
 from biased_models import FAMILIES, biased_model, dictionaries_of, dictionary_of, some_ids
 
 SETS = [
@@ -42,6 +43,16 @@ def test_the_parts_of_every_node_add_up_to_it(family: str, dtype: torch.dtype, l
                 sizes = sum(abs(child.value) for child in tree.node.children)
                 assert abs(tree.node.value - sum(branch.node.value for branch in tree.branches)) <= limit * sizes
                 assert tree.node.rounding <= limit
+
+
+@pytest.mark.packaged
+def test_the_parts_add_up_on_smollm2_in_float32() -> None:
+    if fetched("smollm2") is None:
+        pytest.skip("smollm2 is not on this machine: apportion fetch smollm2")
+    lm = load("smollm2")
+    ids = torch.tensor(lm.tokenizer("When Mary and John went to the store, John gave")["input_ids"])
+    root = root_of(DirectPaths(lm, ids), "layers.12.heads", "layers.11.residual", "layers.6.heads")
+    assert max(tree.node.rounding for tree in rdfa(root, depth=4, top_k=1)) <= 1e-5
 
 
 def test_a_tree_shows_biases_and_errors_and_what_it_leaves_out() -> None:

@@ -113,7 +113,8 @@ def _explorer(run: Path, upstream: list[Path], device: str) -> "Explorer":
         if site in dictionaries:
             raise InputError(f"{option}: there are two dictionaries for {site}: give one for each site")
         dictionaries[site] = found.sae
-    lm = load(source["model"], source["model_dtype"], device)
+    # Whatever the activations were harvested in: sums of parts need the digits of float32.
+    lm = load(source["model"], "float32", device)
     title = f"{Path(source['model']).name} · {source['site']} · prompts"
     return Explorer(lm, Site.parse(source["site"]), dictionaries, title)
 

@@ -156,9 +156,8 @@ def direct_feature_attribution(
         if not 0 <= value < count:
             raise InputError(f"{name}={value}: must be from 0 to {count - 1}")
     reader = Reader.of(sae, feature)
-    table = attribution_tables(
-        reader.weight[None], work, torch.tensor([row], device=reader.weight.device), torch.tensor([destination])
-    )[0]
+    rows, destinations = torch.tensor([[row], [destination]], device=work.pattern.device)
+    table = attribution_tables(reader.weight[None], work, rows, destinations)[0]
     return DirectFeatureAttribution(table, float(reader.bias), destination)
 
 

@@ -90,7 +90,7 @@ const page = (() => {
     if (value === 0) return "0";
     const size = Math.abs(value);
     const text = size >= 1000 ? number.format(Math.round(value)) : size >= 0.001 ? Number(value.toPrecision(3)).toString() : value.toExponential(1);
-    return text.replace("-", "−");
+    return text.replaceAll("-", "−");
   }
   // ---- colours --------------------------------------------------------------------------------------------------
 
