@@ -11,9 +11,10 @@ import transformers
 from apportion.allocate import Threshold, TokenChoice
 from apportion.errors import InputError
 from apportion.features import Transcoder
+from apportion.features.circuit_graph import Circuit, Node
 from apportion.features.de_embedding import connections, de_embedding, head_capacity
 from apportion.features.frozen_pass import FrozenPass
-from apportion.features.transcoder_circuits import Circuit, Node, greedy_circuit, influence_circuit
+from apportion.features.transcoder_circuits import greedy_circuit, influence_circuit
 from apportion.models import Site, capture
 
 IDS = torch.tensor([5, 17, 3, 60, 41])

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from apportion.features.transcoder_circuits import Circuit, Figures, Node
+from apportion.features.circuit_graph import Circuit, Figures, Node
 from apportion.report.circuit import Drawing, FeatureNote, unexplained, visible, write_circuit
 
 ROOT = Node("logit", 2, None, 7)

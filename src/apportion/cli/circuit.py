@@ -14,8 +14,8 @@ from apportion.errors import InputError
 
 if TYPE_CHECKING:
     from apportion.features import Transcoder
+    from apportion.features.circuit_graph import Circuit, Node
     from apportion.features.run import TrainedRun
-    from apportion.features.transcoder_circuits import Circuit, Node
     from apportion.models import LanguageModel
     from apportion.report.circuit import FeatureNote
 
@@ -65,8 +65,9 @@ def circuit(
     Example: [cyan]apportion circuit runs/layer9 runs/layer5 --prompt "The war lasted from 1732 to 17"[/cyan]
     """
     from apportion.data.files import write_json
+    from apportion.features.circuit_graph import Node
     from apportion.features.run import check_writable
-    from apportion.features.transcoder_circuits import Node, greedy_circuit, influence_circuit
+    from apportion.features.transcoder_circuits import greedy_circuit, influence_circuit
     from apportion.models import load
     from apportion.report import token_texts
     from apportion.report.circuit import write_circuit

@@ -329,7 +329,7 @@ class SplicedLoss:
         was_training = sae.training
         sae.eval()
         try:
-            spliced = self.losses(lambda x: sae(x.float()).output.to(x.dtype))
+            spliced = self.losses(lambda x: sae(x.float()).output)
         finally:
             sae.train(was_training)
         counted = self._counted()
@@ -384,7 +384,7 @@ class SplicedLoss:
 
     def losses(self, function: Callable[[Tensor], Tensor]) -> Float[Tensor, "contexts time_minus_1"]:
         """The loss of every token with a function of the site's activations (or of the source's) in their place."""
-        return self._losses(function, self.source)
+        return self._losses(lambda x: function(x).to(x.dtype), self.source)
 
     def _counted(self) -> Bool[Tensor, "contexts time_minus_1"]:
         """Predictions made from tokens that were spliced."""

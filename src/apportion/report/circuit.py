@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apportion.data.files import write_atomically
-from apportion.features.transcoder_circuits import Circuit, Node
+from apportion.features.circuit_graph import Circuit, Node
 from apportion.report.html import page_policy, page_version, read_templates, template
 from apportion.report.payload import readable
 

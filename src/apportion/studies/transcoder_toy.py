@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from apportion.allocate import TokenChoice
 from apportion.features import Recipe, Transcoder, fit_transcoder
-from apportion.features.transcoder_circuits import Node, greedy_circuit
+from apportion.features.circuit_graph import Node
+from apportion.features.transcoder_circuits import greedy_circuit
 from apportion.models import Site, capture
 from apportion.models.splice import splice_from
 
