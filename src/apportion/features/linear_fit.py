@@ -202,10 +202,19 @@ def fit_by_document(
         groups: how many targets belong together; each group has a map and a ridge of its own. None: all.
     """
     out = held_out_rows(documents, validation)
-    fit, chooser = Moments(inputs[~out], targets[~out]), Moments(inputs[out], targets[out])
+    fit, chooser = (_moments_of(inputs, targets, rows) for rows in (~out, out))
     ends = np.cumsum(groups or [targets.shape[1]]).tolist()
     parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     return [fit_linear(fit.of(part), chooser.of(part), ridges) for part in parts]
+
+
+def _moments_of(inputs: Tensor, targets: Tensor, mask: Tensor) -> Moments:
+    """Of the rows where a mask holds, without a copy of them all."""
+    parts = mask.nonzero().flatten().split(_ROWS_AT_ONCE)
+    moments = Moments(inputs[parts[0]], targets[parts[0]])
+    for rows in parts[1:]:
+        moments.add(inputs[rows], targets[rows])
+    return moments
 
 
 def _loss(weight: Tensor, fit: Moments, on: Moments) -> float:
