@@ -1,10 +1,14 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+from apportion.data.tasks import Prompt, PromptPairs
 from apportion.features.discrete_circuits import CodeSettings
 from apportion.studies import discrete_circuits, run
-from apportion.studies.discrete_circuits import CLAIM, _Real, _Trials
+from apportion.studies.discrete_circuits import CLAIM, _Choice, _on_model, _Real
 from apportion.studies.workbench import Workbench
 
 
@@ -19,32 +23,38 @@ def test_unique_codes_find_heads_that_keep_their_mean(apportion_cache: Path) -> 
     assert finding.claim == CLAIM
 
 
-def test_every_method_is_judged_on_a_model(tiny_llama: Path, monkeypatch: object) -> None:
-    """The model half on a random model, whose tokens are bytes: a task of digits stands in."""
-    from apportion.data.tasks import Prompt, PromptPairs
-    from apportion.models import load
-
-    def digits(pairs: int, seed: int) -> PromptPairs:
-        generator = torch.Generator().manual_seed(seed)
-        texts = ["".join(map(str, row)) for row in torch.randint(0, 10, (2 * pairs, 3), generator=generator).tolist()]
-        prompts = tuple(Prompt(text, ("7",), ("8",)) for text in texts)
-        return PromptPairs("digits", prompts[:pairs], prompts[pairs:])
-
-    size = _Real(pairs=8, label_pairs=4, attributed_pairs=4, search=False)
-    trials = _Trials(load(tiny_llama), size, Workbench())
-    task = discrete_circuits._Task("digits", digits)
-    monkeypatch.setattr(discrete_circuits, "_SHARES", {"top 5 %": 0.1, "top 10 %": 0.2})  # type: ignore[attr-defined]
-    monkeypatch.setattr(discrete_circuits, "CodeSettings", _short)  # type: ignore[attr-defined]
-    once = trials.of_the_task(task)
-    assert set(once["the model itself"]) >= {"top-1 accuracy", "metric"}
-    figures = trials.of_the_seed(task, 0, discrete_circuits._SEARCHED)
-    assert len(figures) == 15
-    for method, found in figures.items():
-        if method != "heads drawn by chance":
-            assert 0 <= found["AUC, top 5 %, 95 % from"] <= found["AUC, top 5 %, to"] <= 1
-            assert found["seconds"] > 0
-    assert "faithfulness, best 10 %" in figures["heads drawn by chance"]
+def digits(pairs: int, seed: int) -> PromptPairs:
+    """A task for a model whose tokens are bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    texts = ["".join(map(str, row)) for row in torch.randint(0, 10, (2 * pairs, 3), generator=generator).tolist()]
+    prompts = tuple(Prompt(text, ("7",), ("8",)) for text in texts)
+    return PromptPairs("digits", prompts[:pairs], prompts[pairs:])
 
 
-def _short(**settings: object) -> CodeSettings:
-    return CodeSettings(**{"n_features": 20, "epochs": 5, **settings})  # type: ignore[arg-type]
+def short(**settings: Any) -> CodeSettings:
+    return CodeSettings(**{"n_features": 20, "epochs": 5, **settings})
+
+
+def test_every_method_is_judged_on_a_model(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tuple(replace(task, make=digits) for task in discrete_circuits._TASKS)
+    candidates = [_Choice(short(penalty=penalty), position) for penalty in (0.1, 0.01) for position in ("mean", "end")]
+    monkeypatch.setattr(discrete_circuits, "_TASKS", tasks)
+    monkeypatch.setattr(discrete_circuits, "_SHARES", {"top 5 %": 0.1, "top 10 %": 0.2})  # of nine heads
+    monkeypatch.setattr(discrete_circuits, "CodeSettings", short)
+    monkeypatch.setattr(discrete_circuits, "_candidates", lambda: candidates)
+    size = _Real(model=str(tiny_llama), pairs=8, label_pairs=4, label_pairs_docstring=3, attributed_pairs=4)
+    rows, comparisons, notes = _on_model(size, [0], Workbench())
+
+    found = {(row.name, row.metric): row.mean for row in rows}
+    for task in tasks:
+        methods = {name.removeprefix(f"{task.name}: ") for name, _ in found if name.startswith(f"{task.name}: ")}
+        assert len(methods) == 18
+        for method in methods - {"the model itself", "heads drawn by chance"}:
+            assert 0 <= found[f"{task.name}: {method}", "AUC, top 5 %"] <= 1
+            if "half of" not in method:
+                low, high = (found[f"{task.name}: {method}", f"AUC, top 5 %, {end}"] for end in ("95 % from", "to"))
+                assert 0 <= low <= high <= 1
+                assert found[f"{task.name}: {method}", "seconds"] > 0
+        assert (f"{task.name}: heads drawn by chance", "faithfulness, best 10 %") in found
+    assert sum(each.part_of_verdict for each in comparisons) == 12
+    assert any("Search on IOI" in note and "12 combinations" in note for note in notes)
