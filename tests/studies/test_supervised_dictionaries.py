@@ -19,7 +19,10 @@ def test_the_smoke_study_runs_the_toys_and_says_that_it_leaves_the_model_out(app
 @pytest.mark.slow
 @pytest.mark.packaged
 def test_the_model_half_measures_every_arm_and_weighs_edits_by_no_edit(monkeypatch) -> None:
-    task = study._Task(names=3, repeats=2, test=4, selection=1, heads=1, n_features=16, steps=2, batch_size=16)
+    arms = (*study._Task().arms, "ReLU + L1", "Gated")
+    task = study._Task(
+        arms=arms, names=3, repeats=2, test=4, selection=1, heads=1, n_features=16, steps=2, batch_size=16
+    )
     small = replace(study._SIZES["smoke"], tasks=(task,), toys=study.Toys(steps=2, test=50, samples=50))
     monkeypatch.setitem(study._SIZES, "smoke", small)
     finding = study.run("smoke", [0], Workbench())

@@ -29,13 +29,14 @@ def table_of(prompts: Sequence[Prompt]) -> Table:
 def outputs_at_end(
     model: LanguageModel, heads: Sequence[Head], prompts: TokenPrompts
 ) -> dict[Head, Float[Tensor, "prompts width"]]:
-    """What some heads (layer, head) put out at the last token of each prompt."""
+    """What some heads (layer, head) put out at the last token of each prompt; on the CPU, where dictionaries fit."""
     layers = sorted({layer for layer, _ in heads})
     parts = []
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
         some = prompts.select(slice(start, start + _PROMPTS_AT_ONCE))
         outputs = head_outputs(model, some.input_ids, some.attention_mask, layers)
-        parts.append(outputs[torch.arange(len(some)), some.positions["end"]].clone())
+        rows = torch.arange(len(some), device=outputs.device)
+        parts.append(outputs[rows, some.positions["end"]].cpu())
     whole = torch.cat(parts)
     return {(layer, head): whole[:, layers.index(layer), head] for layer, head in heads}
 

@@ -64,7 +64,7 @@ class LastToken:
             before.reorder_cache(torch.arange(len(ids), device=ids.device).repeat(copies))
             ids, mask = ids.repeat(copies, 1), mask.repeat(copies, 1)
         first = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
-        edits = [HeadEdit(layer, head, each, first) for (layer, head), each in (values or {}).items()]
+        edits = [HeadEdit(layer, head, each.to(ids.device), first) for (layer, head), each in (values or {}).items()]
         with edit_heads(self._model, edits):
             hidden = base_of(self._model.model)(
                 input_ids=ids, attention_mask=mask, past_key_values=before, use_cache=True
