@@ -182,3 +182,11 @@ def test_the_official_server_needs_a_key(monkeypatch):
 def test_generations_survive_json():
     said = Generation("yes", tokens=("yes",), top_logprobs=({"yes": -0.1},), completion_tokens=1)
     assert Generation.from_json(json.loads(json.dumps(said.to_json()))) == said
+
+
+def test_a_local_model_stops_where_it_is_told_to(local):
+    whole = local.generate(ASKED, max_tokens=8).text
+    stop = whole[len(whole) // 2]
+    said = local.generate(ASKED, max_tokens=8, stop=stop)
+    assert said.text == whole.split(stop)[0]
+    assert said.finish_reason == "stop"
