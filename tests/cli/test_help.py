@@ -4,7 +4,10 @@ import time
 
 import pytest
 
-COMMANDS = ("fetch", "train", "evaluate", "compare", "report", "steer", "study", "doctor")
+COMMANDS = (
+    *("fetch", "train", "evaluate", "compare", "compare-dictionaries", "report", "steer", "circuit", "explore"),
+    *("explain", "study", "doctor"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,5 +1,6 @@
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -103,3 +104,31 @@ def test_the_log_has_a_line_a_record(finished):
 
     assert records[-1]["step"] == 30
     assert {"loss", "l0", "dead"} <= set(records[-1])
+
+
+def test_gradients_of_the_loss_help_to_choose_where_asked(typed, tiny_llama, text, tmp_path):
+    given = ("train", tiny_llama, "--text", text, *SHORT, "--rule", "topk", "--out", tmp_path / "run")
+    outcome = typed(*given, "--gradient-weight", "0.5", "--gradient-target", "sampled", "--json")
+
+    assert outcome.code == 0
+    sae = SparseAutoencoder.load(tmp_path / "run" / "dictionary")
+    assert sae.metadata["gradient_score"] == {"beta": 0.5, "norm": "mean", "value": "affinity"}
+    store = read_json(Path(outcome.json["store"]) / "manifest.json")
+    assert store["made_from"]["gradients"] == {"target": "sampled", "seed": 0}
+    # Without them it would be another run.
+    assert "holds another run" in typed(*given).err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--gradient-weight", "-1"), "beta=-1.0"),
+        (("--gradient-weight", "1", "--gradient-target", "truth"), "--gradient-target truth: one of label, sampled"),
+        (("--gradient-weight", "1", "--rule", "relu"), "gradients help to share out a budget"),
+    ],
+)
+def test_gradient_weights_that_cannot_be_are_refused(typed, tiny_llama, text, options, message):
+    outcome = typed("train", tiny_llama, "--text", text, *SHORT, *options)
+
+    assert outcome.code == 2
+    assert message in outcome.err

@@ -11,10 +11,13 @@ from apportion.features.dark_matter import (
     audit_errors,
     explained_elsewhere,
     feature_scales,
+    loss_shares,
     noise_grid,
     norm_agreement,
 )
-from apportion.features.linear_fit import Tokens
+from apportion.features.evaluate import SplicedLoss
+from apportion.features.linear_fit import LinearMap, Tokens
+from apportion.models import Site, capture, load
 
 D, F = 12, 48
 
@@ -164,6 +167,30 @@ def test_norms_of_errors_agree_with_themselves_scaled() -> None:
     assert norm_agreement(noise(TEST, 2), noise(TEST, 3)) < 0.05
     with pytest.raises(InputError, match="at least 3"):
         norm_agreement(errors[:2], errors[:2])
+
+
+def test_an_error_that_is_all_linear_repairs_all_of_the_loss_and_the_rest_none(tiny_llama) -> None:
+    lm, site = load(tiny_llama), Site(1, "residual")
+    ids = torch.randint(3, 300, (4, 12), generator=torch.Generator().manual_seed(1))
+    valid = torch.ones(4, 12, dtype=torch.bool)
+    valid[:, 0] = False
+
+    class Text:
+        n_contexts = 4
+
+        def contexts(self, start, stop):
+            part = slice(start, stop)
+            return ids[part], capture(lm, [site], ids[part])[site], valid[part], torch.arange(4)[part]
+
+    # It reconstructs nothing but its bias, so its error is x minus that: linear to the last bit.
+    silent = SparseAutoencoder(32, 64, TokenChoice(4)).eval().requires_grad_(False)
+    silent.decoder_weight.zero_()
+    shares = loss_shares(
+        SplicedLoss(lm, site, Text(), contexts=4), silent, LinearMap(torch.eye(32), torch.zeros(32), 0.0)
+    )
+    assert shares["ce_share_linear"].value == pytest.approx(1, abs=1e-4)
+    assert shares["ce_share_nonlinear"].value == pytest.approx(0, abs=1e-4)
+    assert shares["ce_share_linear"].n == 4
 
 
 def test_what_cannot_be_audited_is_refused() -> None:

@@ -10,7 +10,12 @@ from tiny_families import BUILDERS, CAUSAL, VOCABULARY, tiny_model
 
 
 def _llama(block: Any) -> dict[str, Any]:
-    return {"attention": block.self_attn.o_proj, "mlp_in": block.mlp, "mlp_out": block.mlp}
+    return {
+        "attention": block.self_attn.o_proj,
+        "mlp_in": block.mlp,
+        "mlp_out": block.mlp,
+        "neurons": block.mlp.down_proj,
+    }
 
 
 BLOCKS: dict[str, Callable[[Any], Any]] = {
@@ -21,15 +26,41 @@ BLOCKS: dict[str, Callable[[Any], Any]] = {
     "bert": lambda model: model.encoder.layer,
 }
 PARTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "phi": lambda block: {"attention": block.self_attn.dense, "mlp_in": block.mlp, "mlp_out": block.mlp},
-    "gpt2": lambda block: {"attention": block.attn.c_proj, "mlp_in": block.mlp, "mlp_out": block.mlp},
-    "gpt_neox": lambda block: {"attention": block.attention.dense, "mlp_in": block.mlp, "mlp_out": block.mlp},
-    "opt": lambda block: {"attention": block.self_attn.out_proj, "mlp_in": block.fc1, "mlp_out": block.fc2},
-    "opt_350m": lambda block: {"attention": block.self_attn.out_proj, "mlp_in": block.fc1, "mlp_out": block.fc2},
+    "phi": lambda block: {
+        "attention": block.self_attn.dense,
+        "mlp_in": block.mlp,
+        "mlp_out": block.mlp,
+        "neurons": block.mlp.fc2,
+    },
+    "gpt2": lambda block: {
+        "attention": block.attn.c_proj,
+        "mlp_in": block.mlp,
+        "mlp_out": block.mlp,
+        "neurons": block.mlp.c_proj,
+    },
+    "gpt_neox": lambda block: {
+        "attention": block.attention.dense,
+        "mlp_in": block.mlp,
+        "mlp_out": block.mlp,
+        "neurons": block.mlp.dense_4h_to_h,
+    },
+    "opt": lambda block: {
+        "attention": block.self_attn.out_proj,
+        "mlp_in": block.fc1,
+        "mlp_out": block.fc2,
+        "neurons": block.fc2,
+    },
+    "opt_350m": lambda block: {
+        "attention": block.self_attn.out_proj,
+        "mlp_in": block.fc1,
+        "mlp_out": block.fc2,
+        "neurons": block.fc2,
+    },
     "bert": lambda block: {
         "attention": block.attention.output.dense,
         "mlp_in": block.intermediate,
         "mlp_out": block.output.dense,
+        "neurons": block.output.dense,
     },
 }
 
@@ -74,7 +105,7 @@ def blocks(family: str, model: Any) -> Any:
 
 @pytest.fixture
 def parts(family: str) -> Callable[[Any], dict[str, Any]]:
-    """The modules of a block by hand: ``attention`` (the output projection), ``mlp_in``, ``mlp_out``."""
+    """The modules of a block by hand: ``attention`` (the output projection), ``mlp_in``, ``mlp_out``, ``neurons``."""
     return PARTS.get(family, _llama)
 
 

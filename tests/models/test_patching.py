@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -57,10 +58,11 @@ def test_the_heads_together_write_what_the_attention_puts_out(lm: LanguageModel,
         assert write_weight(lm, layer).shape == (lm.n_heads, lm.head_width, lm.d_model)
 
 
-def test_a_restart_predicts_what_a_whole_pass_does(lm: LanguageModel) -> None:
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_restart_predicts_what_a_whole_pass_does(lm: LanguageModel, first: int) -> None:
     prompts = token_pairs().clean
     whole = predict(lm, prompts)
-    restart = Restart(lm, prompts)
+    restart = Restart(lm, prompts, first)
     for layer in range(lm.n_layers):
         twice = restart.logits(layer, copies=2)
         torch.testing.assert_close(twice, torch.cat([whole, whole]), rtol=1e-4, atol=1e-5)
@@ -112,6 +114,19 @@ def test_ablation_puts_zero_or_the_mean_in_a_heads_place(llama: Any) -> None:
         with edit_heads(lm, [HeadEdit(1, 2, values)]):
             after = judge(predict(lm, pairs.clean), pairs.clean, pairs.metric)
         torch.testing.assert_close(ablate_heads(lm, pairs, kind)[:, 1, 2], before - after, rtol=1e-3, atol=1e-5)
+
+
+def test_the_mean_of_an_ablation_may_be_over_more_prompts(llama: Any) -> None:
+    lm, pairs = LanguageModel("tiny", llama, None), token_pairs()
+    few = pairs.select(slice(0, 2))
+    torch.testing.assert_close(
+        ablate_heads(lm, few, means_over=pairs), ablate_heads(lm, pairs)[:2], rtol=1e-3, atol=1e-5
+    )
+    assert not torch.allclose(ablate_heads(lm, few), ablate_heads(lm, pairs)[:2], atol=1e-3)
+    shorter = [replace(each, input_ids=each.input_ids[:, :5], attention_mask=each.attention_mask[:, :5])
+               for each in (pairs.clean, pairs.counterfactual)]  # fmt: skip
+    with pytest.raises(InputError, match="means_over has 5 tokens"):
+        ablate_heads(lm, few, means_over=TokenPairs("short", shorter[0], shorter[1], pairs.metric))
 
 
 def test_attribution_is_the_slope_of_patching(lm: LanguageModel) -> None:

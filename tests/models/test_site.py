@@ -10,7 +10,7 @@ from torch import nn
 from apportion.errors import InputError
 from apportion.models import LanguageModel, Site
 
-KINDS_OF_A_LAYER = ("residual", "mlp_out", "mlp_in", "attn_out", "heads")
+KINDS_OF_A_LAYER = ("residual", "mlp_out", "mlp_in", "attn_out", "heads", "neurons")
 
 
 @pytest.mark.parametrize("text", ["embeddings", *(f"layers.11.{kind}" for kind in KINDS_OF_A_LAYER)])
@@ -32,7 +32,7 @@ def test_what_is_no_site_is_refused_with_an_example(text: str) -> None:
 
 
 def test_an_unknown_kind_is_refused_with_the_kinds_there_are() -> None:
-    with pytest.raises(InputError, match=r"'resid'.*residual, mlp_out, mlp_in, attn_out, heads, embeddings"):
+    with pytest.raises(InputError, match=r"'resid'.*residual, mlp_out, mlp_in, attn_out, heads, neurons, embeddings"):
         Site.parse("layers.9.resid")
 
 
@@ -56,6 +56,7 @@ def test_a_site_resolves_to_the_module_that_a_reader_of_the_source_would_name(
         "residual": (blocks[1], "output"),
         "attn_out": (parts(blocks[1])["attention"], "output"),
         "heads": (parts(blocks[1])["attention"], "input"),
+        "neurons": (parts(blocks[1])["neurons"], "input"),
         "mlp_in": (parts(blocks[1])["mlp_in"], "input"),
         "mlp_out": (parts(blocks[1])["mlp_out"], "output"),
     }
@@ -70,10 +71,11 @@ def test_embeddings_are_what_enters_the_first_block(model: Any, blocks: Any) -> 
     assert Site(None, "embeddings").resolve(model) == (blocks[0], "input")
 
 
-def test_widths_are_those_of_the_model_but_for_the_heads(family: str, model: Any) -> None:
+def test_widths_are_those_of_the_model_but_for_heads_and_neurons(family: str, model: Any) -> None:
     for kind in ("residual", "mlp_out", "mlp_in", "attn_out"):
         assert Site(0, kind).width(model) == 32
     assert Site(None, "embeddings").width(model) == 32
+    assert Site(0, "neurons").width(model) == 48
     assert Site(0, "heads").width(model) == (48 if family in ("qwen3", "gemma", "gemma2", "gemma3") else 32)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from apportion.errors import InputError
 from apportion.models import LanguageModel, Site, splice
+from apportion.models.splice import splice_from
 
 KINDS = ("residual", "mlp_out", "mlp_in", "attn_out", "heads", "embeddings")
 
@@ -110,3 +111,32 @@ def test_a_language_model_can_be_spliced(llama: Any, outputs: Any, input_ids: Te
 def test_a_missing_layer_is_refused_before_any_pass(llama: Any) -> None:
     with pytest.raises(InputError, match="has 3 layers"), splice(llama, Site(3, "residual"), torch.zeros_like):
         pass
+
+
+def test_an_mlp_is_replaced_by_what_is_made_of_its_input(model: Any, outputs: Any, input_ids: Tensor) -> None:
+    untouched = outputs(model, input_ids)
+    into, out = Site(1, "mlp_in"), Site(1, "mlp_out")
+    seen: list[Tensor] = []
+
+    def keep(x: Tensor, y: Tensor) -> Tensor:
+        seen[:] = [x, y]
+        return y
+
+    with splice_from(model, into, out, keep):
+        assert torch.equal(outputs(model, input_ids), untouched)
+    x, y = seen
+    assert x.shape == y.shape == (2, 7, 32)
+    with splice_from(model, into, out, lambda x, y: x - y):
+        replaced = outputs(model, input_ids)
+    assert not torch.allclose(replaced, untouched)
+    with pytest.raises(KeyError), splice_from(model, into, out, lambda x, y: x):
+        raise KeyError
+    assert torch.equal(outputs(model, input_ids), untouched)
+
+
+def test_what_is_computed_later_cannot_be_made_of(llama: Any, outputs: Any, input_ids: Tensor) -> None:
+    with (
+        splice_from(llama, Site(2, "mlp_in"), Site(1, "mlp_out"), lambda x, y: x),
+        pytest.raises(ValueError, match=r"nothing was computed at layers\.2\.mlp_in before layers\.1\.mlp_out"),
+    ):
+        outputs(llama, input_ids)

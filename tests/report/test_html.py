@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from apportion.errors import InputError
-from apportion.report import ReportData, write_report
+from apportion.report import ExplainedFeature, ReportData, ScorerFigures, write_report
 from made_up_report import made_up_contexts, made_up_report
 
 pytestmark = pytest.mark.browser
@@ -343,3 +343,51 @@ def test_an_unwritable_place_is_one_clear_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
         write_report(tmp_path / "file" / "report.html", made_up_report(5, WORDS))
+
+
+def explained(text, auroc=0.8, **changes):
+    figures = {
+        "auroc": auroc,
+        "balanced_accuracy": 0.75,
+        "expected_precision": 0.02,
+        "by_quantile": [0.1, 0.5, None, 1.0],
+        "by_source": {"random": 0.9, "neighbour": 0.7},
+    }
+    other = ScorerFigures(failed={"nonsense": 5}, notes={"nats": 0.42, "explanation": "words about <b>cats</b>"})
+    scores = {"detection": ScorerFigures(**(figures | changes)), "intervention": other}
+    return ExplainedFeature(text, "default", "local:somebody", flagged=True, scores=scores)
+
+
+def test_explanations_are_labels_and_their_scores_sort_the_list(open_report):
+    explanations = {
+        3: explained("Names of cats", 0.6),
+        5: explained("Closing brackets", 0.9),
+        7: explained("Mats", None),
+    }
+    page = open_report(made_up_report(40, WORDS, explanations=explanations), "#/features")
+    page.click('[data-sort="score"]')
+    assert shown_features(page)[:2] == [5, 3]
+    assert page.locator("#spacer .rated").all_inner_texts()[:3].count("–") <= 1
+    page.fill("#search", "closing")
+    wait_until(page, "document.querySelector('#found').textContent.startsWith('1 of')")
+    assert shown_features(page) == [5]
+
+
+def test_feature_page_shows_the_explanation_and_how_well_it_holds(open_report):
+    page = open_report(made_up_report(40, WORDS, explanations={3: explained("<i>Names</i> of cats")}), "#/feature/3")
+    page.wait_for_selector(".explained")
+    said = page.inner_text(".explained")
+    assert page.inner_text(".title .name") == "<i>Names</i> of cats"
+    assert "default · local:somebody" in said
+    assert "0.80" in said
+    assert "random 0.90, neighbour 0.70" in said
+    assert "no answer: 5 nonsense" in said
+    assert "words about <b>cats</b>" in said
+    assert "did not keep to the form" in said
+    assert page.locator(".explained .quantiles rect").count() == 4
+
+
+def test_a_report_without_explanations_has_no_column_for_them(open_report):
+    page = open_report(made_up_report(40, WORDS), "#/features")
+    assert page.locator('[data-sort="score"]').count() == 0
+    assert page.locator(".rated").count() == 0

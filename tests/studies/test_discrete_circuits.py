@@ -30,7 +30,7 @@ def test_every_method_is_judged_on_a_model(tiny_llama: Path, monkeypatch: object
         prompts = tuple(Prompt(text, ("7",), ("8",)) for text in texts)
         return PromptPairs("digits", prompts[:pairs], prompts[pairs:])
 
-    size = _Real(pairs=8, label_pairs=4, label_pairs_docstring=4, attributed_pairs=4, search=False)
+    size = _Real(pairs=8, label_pairs=4, attributed_pairs=4, search=False)
     trials = _Trials(load(tiny_llama), size, Workbench())
     task = discrete_circuits._Task("digits", digits)
     monkeypatch.setattr(discrete_circuits, "_SHARES", {"top 5 %": 0.1, "top 10 %": 0.2})  # type: ignore[attr-defined]

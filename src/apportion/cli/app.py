@@ -6,7 +6,20 @@ from typing import Annotated
 
 import typer
 
-from apportion.cli import compare, doctor, evaluate, fetch, report, steer, study, train
+from apportion.cli import (
+    circuit,
+    compare,
+    compare_dictionaries,
+    doctor,
+    evaluate,
+    explain,
+    explore,
+    fetch,
+    report,
+    steer,
+    study,
+    train,
+)
 from apportion.cli.errors import exit_code
 
 app = typer.Typer(
@@ -45,8 +58,12 @@ for command in (
     train.train,
     evaluate.evaluate,
     compare.compare,
+    compare_dictionaries.compare_dictionaries,
+    explain.explain,
     report.report,
     steer.steer,
+    circuit.circuit,
+    explore.explore,
     study.study,
     doctor.doctor,
 ):

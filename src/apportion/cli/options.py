@@ -124,6 +124,8 @@ class DataOptions:
     held_out: float
     store: Path | None
     device: str
+    gradients: str | None = None
+    target: str | None = None
 
     def prepare(self, check: Callable[[int], Any], job: "Job | None" = None) -> "tuple[LanguageModel, PreparedStore]":
         """Check everything that can be checked, then find or harvest the activations.
@@ -140,9 +142,16 @@ class DataOptions:
         text = self.text if self.dataset is None else f"hf:{self.dataset}"
         if self.store_dtype not in ("bfloat16", "float32"):
             raise InputError(f"--store-dtype {self.store_dtype}: one of bfloat16, float32")
-        if self.site is not None:
-            with about("--site"):
-                Site.parse(self.site)
+        if self.gradients not in (None, "label", "sampled"):
+            raise InputError(f"--gradient-target {self.gradients}: one of label, sampled")
+        if self.target is not None and self.site is None:
+            raise InputError(
+                f"--target {self.target} needs --site: say what the transcoder reads, such as layers.9.mlp_in"
+            )
+        for option, name in (("--site", self.site), ("--target", self.target)):
+            if name is not None:
+                with about(option):
+                    Site.parse(name)
         with about("--text" if self.dataset is None else "--dataset"):
             check_text(text)
         if self.store is not None:
@@ -153,6 +162,9 @@ class DataOptions:
         site = Site.parse(self.site or f"layers.{lm.n_layers // 2}.residual")
         with about("--site"):
             site.resolve(lm.model)
+        if self.target is not None:
+            with about("--target"):
+                Site.parse(self.target).resolve(lm.model)
         source = ActivationSource(
             self.model,
             str(site),
@@ -162,6 +174,8 @@ class DataOptions:
             self.store_dtype,  # type: ignore[arg-type]
             self.model_dtype,
             self.held_out,
+            self.gradients,  # type: ignore[arg-type]
+            self.target,
         )
         check(site.width(lm))
         return lm, prepare_store(source, lm=lm, folder=self.store, job=job)

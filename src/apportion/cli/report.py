@@ -18,6 +18,14 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Default report.html in the run's folder.", show_default=False)
     ] = None,
+    explanations: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="What `apportion explain` wrote; default explanations in the run's folder.",
+            show_default=False,
+        ),
+    ] = None,
     json: given.Json = False,
     device: given.Device = "cpu",
 ) -> None:
@@ -46,7 +54,7 @@ def report(
         if (run / "run.json").exists():
             write_json(run / "evaluation.json", evaluation)
         opened = dataclasses.replace(opened, evaluation=evaluation)
-    write_run_report(place, opened, prepared, lm)
+    write_run_report(place, opened, prepared, lm, explanations=explanations)
     if json:
         from apportion.studies import machine
 

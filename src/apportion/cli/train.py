@@ -9,6 +9,7 @@ import typer
 from apportion.cli import options as given
 from apportion.cli.errors import about
 from apportion.cli.output import HEADLINE, answer, metric_table, result_rows, show
+from apportion.errors import InputError
 
 if TYPE_CHECKING:
     from apportion.features import Recipe
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
 def train(
     model: given.Model,
     site: given.SiteName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Train a transcoder: what it makes of --site, such as layers.9.mlp_out of layers.9.mlp_in.",
+            show_default=False,
+        ),
+    ] = None,
+    skip: Annotated[
+        bool, typer.Option("--skip", help="Give the transcoder a linear path beside its features.")
+    ] = False,
     rule: Annotated[
         str,
         typer.Option(help="topk, mutual (batchtopk), matryoshka, feature, feature-uniform, relu, jumprelu or gated."),
@@ -42,6 +53,18 @@ def train(
     learning_rate: given.LearningRate = None,
     auxiliary: given.Auxiliary = None,
     precision: given.Precision = "float32",
+    gradient_weight: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BETA",
+            help="Let the loss's gradients help to choose features (gradient SAE); 0.1 to 3, 1 doubles the score of a "
+            "feature of average effect.",
+            show_default=False,
+        ),
+    ] = None,
+    gradient_target: Annotated[
+        str, typer.Option(help="Whose loss with --gradient-weight: of the true next tokens (label), or sampled ones.")
+    ] = "label",
     checkpoint_every: given.CheckpointEvery = None,
     tensorboard: given.TensorBoard = False,
     model_dtype: given.ModelDtype = "float32",
@@ -56,10 +79,12 @@ def train(
 
     Example: [cyan]apportion train smollm2 --site layers.9.residual --rule topk --tokens 200000 --out runs/topk[/cyan]
     """
+    from apportion.features import GradientScore, TranscoderSettings
     from apportion.features.distributed import check_over_mesh
     from apportion.features.job import join_job
     from apportion.features.run import (
         check_run_folder,
+        check_transcoder,
         evaluate_dictionary,
         make_recipe,
         rule_name,
@@ -88,17 +113,43 @@ def train(
 
     # What needs no model is checked before one is loaded; a width to fit the budget stands in for the model's.
     planned = recipe(max(1, int(budget) + 1), tokens)
+    score = None if gradient_weight is None else GradientScore(gradient_weight)
+    if score is not None and not planned.has_budget:
+        raise InputError(
+            f"--gradient-weight and --rule {rule}: gradients help to share out a budget; use topk or mutual"
+        )
     job = join_job(mesh, device)
+    if skip and target is None:
+        raise InputError("--skip is for transcoders: give --target too, such as layers.9.mlp_out")
+    if target is not None and score is not None:
+        raise InputError(
+            "--gradient-weight and --target: gradients weigh the features of dictionaries, not of transcoders"
+        )
+    if target is not None:
+        check_transcoder(job, planned)
     if job.mesh is not None:
         check_over_mesh(planned)
     if out is not None:
         with about("--out"):
             check_run_folder(out)
     data = given.DataOptions(
-        model, site, text, dataset, tokens, context, store_dtype, model_dtype, held_out, store, job.device
+        model,
+        site,
+        text,
+        dataset,
+        tokens,
+        context,
+        store_dtype,
+        model_dtype,
+        held_out,
+        store,
+        job.device,
+        gradients=None if score is None else gradient_target,
+        target=target,
     )
     lm, prepared = data.prepare(lambda width: recipe(width, tokens), job)
-    place = out or given.default_out(model, prepared.source.site, rule, str(seed))
+    what = prepared.source.site if target is None else f"{prepared.source.site}-to-{target}{'-skip' if skip else ''}"
+    place = out or given.default_out(model, what, rule, str(seed))
     settings: dict[str, Any] = {"tensorboard": tensorboard}
     if checkpoint_every is not None:
         settings["checkpoint_every"] = checkpoint_every
@@ -106,9 +157,11 @@ def train(
         place,
         prepared,
         recipe(prepared.train.width, prepared.train.n_tokens),
+        score=score,
         judge=lambda sae: evaluate_dictionary(sae, prepared, spliced_loss(prepared, lm), device=job.device),
         device=job.device,
         job=job,
+        transcoder=None if target is None else TranscoderSettings(skip=skip),
         **settings,
     )
     job.leave()
@@ -141,4 +194,5 @@ def train(
         f"The dictionary is in {place / 'dictionary'}. Next:",
         f"  apportion evaluate {place}",
         f"  apportion report {place}",
+        *([] if target is None else [f'  apportion circuit {place} --prompt "..."']),
     )

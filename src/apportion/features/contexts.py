@@ -218,8 +218,8 @@ def collect_contexts(
     if was_training:
         sae.eval()  # type: ignore[attr-defined]
     try:
-        for start in _with_progress(range(0, view.n_contexts, step), progress):
-            batch = _Batch.encode(sae, view, start, min(start + step, view.n_contexts))
+        for start in with_progress(range(0, view.n_contexts, step), progress):
+            batch = ContextCodes.encode(sae, view, start, min(start + step, view.n_contexts))
             statistics.add(batch)
             peaks = batch.peaks()
             strongest.offer(peaks, by_strength, batch, window)
@@ -235,7 +235,7 @@ def collect_contexts(
     return statistics.with_contexts(strongest, sampled)
 
 
-class _Peaks(NamedTuple):
+class Peaks(NamedTuple):
     """One entry per (feature, context) in which the feature fires: its strongest token."""
 
     feature: np.ndarray
@@ -244,7 +244,7 @@ class _Peaks(NamedTuple):
     hashed: np.ndarray
 
 
-class _Batch:
+class ContextCodes:
     """The codes of whole contexts, as (feature, token) events sorted by feature and then token."""
 
     def __init__(self, token_ids: np.ndarray, document: np.ndarray, first_context: int) -> None:
@@ -253,7 +253,8 @@ class _Batch:
         self.n_flat = token_ids.size
 
     @classmethod
-    def encode(cls, sae: SparseEncoder, view: ContextView, start: int, stop: int) -> "_Batch":
+    def encode(cls, sae: SparseEncoder, view: ContextView, start: int, stop: int) -> "ContextCodes":
+        """Encode the contexts ``start`` to ``stop - 1`` of a view."""
         token_ids, activations, valid, document = view.contexts(start, stop)
         batch = cls(token_ids.cpu().numpy().astype(np.int32), document.cpu().numpy().astype(np.int64), start)
         weight = getattr(sae, "decoder_weight", None)
@@ -277,11 +278,11 @@ class _Batch:
     key: np.ndarray
     value: np.ndarray
 
-    def peaks(self) -> _Peaks:
+    def peaks(self) -> Peaks:
         """The strongest token of every (feature, context), the earliest one of equals."""
         if not len(self.key):
             empty = np.zeros(0, dtype=np.int64)
-            return _Peaks(empty, np.zeros(0, dtype=np.float32), empty, np.zeros(0))
+            return Peaks(empty, np.zeros(0, dtype=np.float32), empty, np.zeros(0))
         pair = self.key // self.length
         starts = np.flatnonzero(np.diff(pair, prepend=pair[0] - 1))
         highest = np.maximum.reduceat(self.value, starts)
@@ -289,7 +290,17 @@ class _Batch:
         candidates = np.where(self.value == np.repeat(highest, sizes), np.arange(len(pair)), len(pair))
         event = np.minimum.reduceat(candidates, starts)
         feature, flat = np.divmod(self.key[event], self.n_flat)
-        return _Peaks(feature, highest, flat, _hash_unit(feature, self.first_context + flat // self.length))
+        return Peaks(feature, highest, flat, hash_unit(feature, self.first_context + flat // self.length))
+
+    def activations(
+        self, feature: Int[np.ndarray, " n"], flat: Int[np.ndarray, "n width"]
+    ) -> Float[np.ndarray, "n width"]:
+        """A feature's activation on each of some tokens, given as context within the batch * T + offset."""
+        if not len(self.key):
+            return np.zeros(flat.shape, dtype=np.float32)
+        wanted = (feature * self.n_flat)[:, None] + flat
+        found = np.minimum(np.searchsorted(self.key, wanted), len(self.key) - 1)
+        return np.where(self.key[found] == wanted, self.value[found], np.float32(0))
 
     def windows(self, feature: np.ndarray, flat: np.ndarray, window: tuple[int, int]) -> dict[str, np.ndarray]:
         """Tokens around each peak with the feature's activation on them; rows of the reservoir."""
@@ -297,11 +308,9 @@ class _Batch:
         context, offset = np.divmod(flat, self.length)
         begin = np.clip(offset - window[0], 0, self.length - width)
         columns = begin[:, None] + np.arange(width)
-        wanted = (feature * self.n_flat + context * self.length)[:, None] + columns
-        found = np.minimum(np.searchsorted(self.key, wanted), len(self.key) - 1)
         return {
             "token_ids": self.token_ids[context[:, None], columns],
-            "activations": np.where(self.key[found] == wanted, self.value[found], np.float32(0)),
+            "activations": self.activations(feature, (context * self.length)[:, None] + columns),
             "peak": (offset - begin).astype(np.int16),
             "position": (self.first_context + context) * self.length + begin,
             "document": self.document[context],
@@ -319,7 +328,7 @@ class _Statistics:
         self.histogram = torch.zeros(n_features * _N_BINS, dtype=torch.int32)
         self.winners_per_token = np.zeros(1, dtype=np.int64)
 
-    def add(self, batch: _Batch) -> None:
+    def add(self, batch: ContextCodes) -> None:
         self.n_tokens += batch.n_tokens
         counts = np.bincount(batch.winners, minlength=len(self.winners_per_token))
         counts[: len(self.winners_per_token)] += self.winners_per_token
@@ -380,12 +389,12 @@ class _Reservoir:
         # The order of the last entry of each full group: what a newcomer must beat.
         self.bar = np.full((n_features, n_groups), np.inf)
 
-    def offer(self, peaks: _Peaks, filing: _Filing, batch: _Batch, window: tuple[int, int]) -> None:
+    def offer(self, peaks: Peaks, filing: _Filing, batch: ContextCodes, window: tuple[int, int]) -> None:
         """Let the peaks of a batch compete for the slots of their features."""
         group, order = filing(peaks.feature, peaks.value, peaks.hashed)
         promising = np.flatnonzero(order < self.bar[peaks.feature, group])
         # Bound the pool, and so the memory, before windows are cut: no more newcomers than slots per group.
-        kept, _ = _first_in_groups(
+        kept, _ = first_in_groups(
             peaks.feature[promising] * self.n_groups + group[promising], order[promising], self.per_group
         )
         newcomers = promising[kept]
@@ -409,7 +418,7 @@ class _Reservoir:
             for name, rows in self.rows.items()
         }
         group, order = filing(owner, pool["value"], pool["hashed"])
-        kept, rank = _first_in_groups(owner * self.n_groups + group, order, self.per_group)
+        kept, rank = first_in_groups(owner * self.n_groups + group, order, self.per_group)
         owner, group, order = owner[kept], group[kept], order[kept]
         for name, rows in self.rows.items():
             rows[touched] = -1 if name in ("token_ids", "peak", "document") else 0
@@ -440,7 +449,7 @@ class _Reservoir:
                 rows[:, slots] = np.take_along_axis(rows[:, slots], index, axis=1)
 
 
-def _first_in_groups(group: np.ndarray, order: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
+def first_in_groups(group: np.ndarray, order: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices and ranks of the ``limit`` entries of each group that come first by ``order``, the earlier of equals."""
     by_group = np.lexsort((order, group))
     if not len(by_group):
@@ -452,7 +461,7 @@ def _first_in_groups(group: np.ndarray, order: np.ndarray, limit: int) -> tuple[
     return by_group[kept], rank[kept]
 
 
-def _hash_unit(feature: np.ndarray, context: np.ndarray) -> np.ndarray:
+def hash_unit(feature: np.ndarray, context: np.ndarray) -> np.ndarray:
     """A number in [0, 1) from (feature, context) alone (splitmix64): samples do not depend on the order of work."""
     mixed = feature.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + context.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -460,11 +469,12 @@ def _hash_unit(feature: np.ndarray, context: np.ndarray) -> np.ndarray:
     return ((mixed ^ (mixed >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def _with_progress(steps: range, progress: bool) -> Iterator[int]:
+def with_progress(steps: range, progress: bool, what: str = "collecting contexts") -> Iterator[int]:
+    """The steps, with a bar on a terminal's error stream."""
     if not progress or not sys.stderr.isatty():
         yield from steps
         return
     from rich.console import Console
     from rich.progress import track
 
-    yield from track(steps, description="collecting contexts", console=Console(stderr=True))
+    yield from track(steps, description=what, console=Console(stderr=True))

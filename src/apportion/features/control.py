@@ -112,7 +112,7 @@ def sparse_edit(
         steps.append(chosen.clone())
     made = torch.stack(steps, dim=1)
     if unit == "move":
-        taken, put = made.split(used.numel(), dim=2)
+        taken, put = made[..., : used.numel()], made[..., used.numel() :]
     else:
         taken, put = made & (old != 0)[:, None], made & (new != 0)[:, None]
     shape = (source.shape[0], budget + 1, features)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -90,6 +90,13 @@ class SparseAutoencoder(nn.Module):
         True
     """
 
+    # What a config.json calls a subclass that has a name of its own here; the classes by that name.
+    kind: ClassVar[str] = "dictionary"
+    _kinds: ClassVar[dict[str, type["SparseAutoencoder"]]] = {}
+
+    # Whether the rows of the decoder are held at unit norm.
+    unit_decoder = True
+
     # Whether the gradients of both matrices are sparse tensors, which hold only the rows of the features that won: less
     # memory and time where few did. What takes the step must know such gradients, as `DictionaryAdam` does.
     sparse_gradients = False
@@ -98,6 +105,11 @@ class SparseAutoencoder(nn.Module):
     threshold: Tensor
     share: Tensor
     zipf: Tensor
+
+    def __init_subclass__(cls, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        if "kind" in cls.__dict__:
+            SparseAutoencoder._kinds[cls.kind] = cls
 
     def __init__(
         self,
@@ -270,16 +282,8 @@ class SparseAutoencoder(nn.Module):
         makes the mean squared distance from it equal ``d_in``, so that learning rates and penalties mean the same for
         every model. (Centred rather than raw norms: the bias takes the mean away before the encoder sees it.)
         """
-        if sample.shape[0] < 2:
-            raise InputError(f"the sample has {sample.shape[0]} tokens: initialising needs at least 2")
-        centre = sample.mean(dim=0)
-        for _ in range(iterations):
-            weight = 1 / (sample - centre).norm(dim=1, keepdim=True).clamp(min=1e-6)
-            centre = (sample * weight).sum(dim=0) / weight.sum()
-        spread = (sample - centre).square().sum(dim=1).mean()
-        if not bool(spread > 0):
-            raise InputError("all activations of the sample are the same: nothing can be learned from them")
-        self.input_scale.copy_((self.d_in / spread).sqrt())
+        centre, scale = centre_and_scale(sample, iterations)
+        self.input_scale.copy_(scale)
         if self.d_in == self.d_out:
             self.decoder_bias.copy_(centre * self.input_scale)
 
@@ -287,7 +291,7 @@ class SparseAutoencoder(nn.Module):
     def project_decoder_gradient(self) -> None:
         """Remove the part of the decoder's gradient along each row, which normalising would undo; before a step."""
         grad = self.decoder_weight.grad
-        if grad is None:
+        if grad is None or not self.unit_decoder:
             return
         if grad.is_sparse:
             # A row that it holds in several parts may be projected part by part.
@@ -416,13 +420,7 @@ class SparseAutoencoder(nn.Module):
                 "or sparsify use apportion.features.formats"
             )
         try:
-            module = cls(
-                config["d_in"],
-                config["n_features"],
-                rule_from_dict(config["rule"]),
-                d_out=config["d_out"],
-                gated=config["gated"],
-            )
+            module = cls._kinds.get(config.get("kind", cls.kind), cls)._of(config)
             module.load_state_dict(load_file(folder / "model.safetensors"))
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / 'config.json'} lacks or misstates {error}: the file is damaged") from error
@@ -432,6 +430,37 @@ class SparseAutoencoder(nn.Module):
             raise InputError(f"{folder / 'model.safetensors'} does not fit its config.json: {error}") from error
         module.metadata = config["metadata"]
         return module.to(device).eval()
+
+    @classmethod
+    def _of(cls, config: dict[str, Any]) -> "SparseAutoencoder":
+        """A module that weights of this configuration fit."""
+        return cls(
+            config["d_in"],
+            config["n_features"],
+            rule_from_dict(config["rule"]),
+            d_out=config["d_out"],
+            gated=config["gated"],
+        )
+
+
+def centre_and_scale(
+    sample: Float[Tensor, "tokens d"], iterations: int = 20
+) -> tuple[Float[Tensor, "d"], Float[Tensor, ""]]:
+    """Geometric median of a sample, and the factor that makes the mean squared distance from it equal ``d``.
+
+    Raises:
+        InputError: fewer than two tokens, or all alike.
+    """
+    if sample.shape[0] < 2:
+        raise InputError(f"the sample has {sample.shape[0]} tokens: initialising needs at least 2")
+    centre = sample.mean(dim=0)
+    for _ in range(iterations):
+        weight = 1 / (sample - centre).norm(dim=1, keepdim=True).clamp(min=1e-6)
+        centre = (sample * weight).sum(dim=0) / weight.sum()
+    spread = (sample - centre).square().sum(dim=1).mean()
+    if not bool(spread > 0):
+        raise InputError("all activations of the sample are the same: nothing can be learned from them")
+    return centre, (sample.shape[1] / spread).sqrt()
 
 
 def _check_rule(rule: Rule | LearnedThreshold, n_features: int, gated: bool) -> None:

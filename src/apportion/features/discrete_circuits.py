@@ -434,8 +434,9 @@ def find_circuit(
         InputError: as for what it calls.
 
     Examples:
-        >>> from apportion.features.discrete_circuits import find_circuit  # doctest: +SKIP
-        >>> find_circuit(load("smollm2"), ioi(60, frame=1)).top(5)  # doctest: +SKIP
+        >>> from apportion.data.tasks import ioi
+        >>> from apportion.models import load
+        >>> find_circuit(load("smollm2"), ioi(60, frame=1), score="tv").top(5)  # doctest: +SKIP
     """
     started = time.perf_counter()
     pairs = task if isinstance(task, TokenPairs) else tokenise(task, model)

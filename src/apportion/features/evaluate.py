@@ -25,9 +25,10 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from apportion.errors import InputError
-from apportion.features.dictionary import SparseAutoencoder
+from apportion.features.dictionary import Reconstruction, SparseAutoencoder
 from apportion.features.mutual_feature_choice import ZipfFit, fit_zipf, ranks_by
 from apportion.models import LanguageModel, Site, splice
+from apportion.models.splice import splice_from
 
 _CONTEXTS_AT_ONCE = 16
 _DIFFICULTY_GROUPS = 10
@@ -43,8 +44,8 @@ class Contexts(Protocol):
         """Number of contexts."""
         ...
 
-    def contexts(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token ids, activations, which tokens count, and the document of each context."""
+    def contexts(self, start: int, stop: int, site: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token ids, activations (at a site of the store; default the view's), which tokens count, and documents."""
         ...
 
 
@@ -132,6 +133,7 @@ def evaluate_reconstruction(
     *,
     max_contexts: int | None = None,
     underused_cut: float = 0.5,
+    target: Site | None = None,
     device: str | torch.device = "cpu",
 ) -> Evaluation:
     """Reconstruction and sparsity on held-out activations, in inference (threshold) mode.
@@ -141,6 +143,7 @@ def evaluate_reconstruction(
         view: held-out contexts; tokens that were left out of the store do not count.
         max_contexts: look at the first ones only.
         underused_cut: a feature counts as underused below this share of its Zipf expectation.
+        target: of a transcoder, the site whose activations its output is compared with; default its input.
         device: where to compute.
 
     Raises:
@@ -150,7 +153,7 @@ def evaluate_reconstruction(
     sae.eval()
     try:
         with torch.no_grad():
-            return _evaluate(sae, view, max_contexts, underused_cut, device)
+            return _evaluate(sae, view, max_contexts, underused_cut, target, device)
     finally:
         sae.train(was_training)
 
@@ -160,17 +163,17 @@ def _evaluate(
     view: Contexts,
     max_contexts: int | None,
     underused_cut: float,
+    target: Site | None,
     device: str | torch.device,
 ) -> Evaluation:
-    mean, median_norm, tokens = _first_look(view, max_contexts)
+    mean, median_norm, tokens = _first_look(view, max_contexts, target)
     names = ("fvu", "fvu_without_sinks", "mse", "cossim", "l2_ratio", "relative_reconstruction_bias", "l0", "l1")
     ratios = {name: RatioOfSums() for name in names}
     fired = torch.zeros(sae.n_features, dtype=torch.int64)
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     sinks = 0
-    for x_cpu, documents in _batches(view, max_contexts):
+    for (_, documents), (x_cpu, _), out in _outputs(sae, view, max_contexts, target, device):
         x = x_cpu.to(device)
-        out = sae(x)
         error = (x - out.output).square().sum(dim=1).cpu()
         distance = (x_cpu - mean).square().sum(dim=1)
         norm_in, norm_out = x_cpu.norm(dim=1), out.output.norm(dim=1).cpu()
@@ -250,19 +253,34 @@ def _by_difficulty(error: Tensor, distance: Tensor, l0: Tensor) -> list[dict[str
     ]
 
 
-def _batches(view: Contexts, max_contexts: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _outputs(
+    sae: SparseAutoencoder, view: Contexts, max_contexts: int | None, target: Site | None, device: str | torch.device
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Reconstruction]]:
+    """Inputs and targets with the document of each token, and what the dictionary makes of the inputs."""
+    if target is None:
+        for inputs in _batches(view, max_contexts):
+            yield inputs, inputs, sae(inputs[0].to(device))
+        return
+    pairs = zip(_batches(view, max_contexts), _batches(view, max_contexts, target), strict=True)
+    for inputs, targets in pairs:
+        yield inputs, targets, sae(inputs[0].to(device))
+
+
+def _batches(view: Contexts, max_contexts: int | None, site: Site | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Valid activations and the document of each, a few contexts at a time."""
     stop = view.n_contexts if max_contexts is None else min(max_contexts, view.n_contexts)
     for start in range(0, stop, _CONTEXTS_AT_ONCE):
-        _, activations, valid, documents = view.contexts(start, min(start + _CONTEXTS_AT_ONCE, stop))
+        end = min(start + _CONTEXTS_AT_ONCE, stop)
+        found = view.contexts(start, end) if site is None else view.contexts(start, end, site)
+        _, activations, valid, documents = found
         if bool(valid.any()):
             yield activations[valid], documents.unsqueeze(1).expand_as(valid)[valid]
 
 
-def _first_look(view: Contexts, max_contexts: int | None) -> tuple[Float[Tensor, "d"], float, int]:
+def _first_look(view: Contexts, max_contexts: int | None, site: Site | None) -> tuple[Float[Tensor, "d"], float, int]:
     """Mean activation, median norm and number of the tokens."""
     total, norms = torch.zeros(()), []
-    for x, _ in _batches(view, max_contexts):
+    for x, _ in _batches(view, max_contexts, site):
         total = total + x.double().sum(dim=0)
         norms.append(x.norm(dim=1))
     if not norms:
@@ -286,14 +304,18 @@ class SplicedLoss:
         site: where they came from.
         view: held-out contexts.
         contexts: how many of them, spread evenly over the view.
+        source: for transcoders, where their input comes from; then their output is spliced in at ``site``.
     """
 
-    def __init__(self, lm: LanguageModel, site: Site, view: Contexts, contexts: int = 64) -> None:
+    def __init__(
+        self, lm: LanguageModel, site: Site, view: Contexts, contexts: int = 64, source: Site | None = None
+    ) -> None:
         if view.n_contexts == 0:
             raise InputError("there are no held-out contexts to measure the model's loss on: harvest more text")
-        self.lm, self.site = lm, site
+        self.lm, self.site, self.source = lm, site, source
         chosen = np.unique(np.linspace(0, view.n_contexts - 1, min(contexts, view.n_contexts)).astype(int))
-        parts = [view.contexts(int(each), int(each) + 1) for each in chosen]
+        at = () if source is None else (site,)
+        parts = [view.contexts(int(each), int(each) + 1, *at) for each in chosen]
         self.ids, _, self.valid, self.documents = (torch.cat(each) for each in zip(*parts, strict=True))
         total = torch.stack([part[1][part[2]].double().sum(dim=0) for part in parts]).sum(dim=0)
         self.mean = (total / max(int(self.valid.sum()), 1)).float()
@@ -307,7 +329,7 @@ class SplicedLoss:
         was_training = sae.training
         sae.eval()
         try:
-            spliced = self._losses(lambda x: sae(x.float()).output.to(x.dtype))
+            spliced = self.losses(lambda x: sae(x.float()).output.to(x.dtype))
         finally:
             sae.train(was_training)
         counted = self._counted()
@@ -360,12 +382,18 @@ class SplicedLoss:
         documents = self.documents.unsqueeze(1).expand_as(counted)[counted]
         return (self._losses(lambda x: replace(x).to(x.dtype)) - self.clean)[counted], documents
 
+    def losses(self, function: Callable[[Tensor], Tensor]) -> Float[Tensor, "contexts time_minus_1"]:
+        """The loss of every token with a function of the site's activations (or of the source's) in their place."""
+        return self._losses(function, self.source)
+
     def _counted(self) -> Bool[Tensor, "contexts time_minus_1"]:
         """Predictions made from tokens that were spliced."""
         return self.valid[:, :-1]
 
     @torch.no_grad()
-    def _losses(self, replace: Callable[[Tensor], Tensor] | None) -> Float[Tensor, "contexts time_minus_1"]:
+    def _losses(
+        self, replace: Callable[[Tensor], Tensor] | None, source: Site | None = None
+    ) -> Float[Tensor, "contexts time_minus_1"]:
         losses = []
         for start in range(0, self.ids.shape[0], _CONTEXTS_AT_ONCE):
             ids = self.ids[start : start + _CONTEXTS_AT_ONCE].to(self.lm.device)
@@ -373,7 +401,11 @@ class SplicedLoss:
             if replace is None:
                 losses.append(self.lm.loss_per_token(ids))
                 continue
-            with splice(self.lm, self.site, only_where(valid, replace)):
+            if source is None:
+                spliced = splice(self.lm, self.site, only_where(valid, replace))
+            else:
+                spliced = splice_from(self.lm, source, self.site, _only_where_from(valid, replace))
+            with spliced:
                 losses.append(self.lm.loss_per_token(ids))
         return torch.cat(losses).cpu()
 
@@ -384,6 +416,17 @@ def only_where(valid: Tensor, replace: Callable[[Tensor], Tensor]) -> Callable[[
     def replaced(activations: Tensor) -> Tensor:
         out = activations.clone()
         out[valid] = replace(activations[valid])
+        return out
+
+    return replaced
+
+
+def _only_where_from(valid: Tensor, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """`only_where`, with what the function makes of the activations at another site."""
+
+    def replaced(source: Tensor, activations: Tensor) -> Tensor:
+        out = activations.clone()
+        out[valid] = function(source[valid])
         return out
 
     return replaced

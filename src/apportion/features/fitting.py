@@ -18,8 +18,10 @@ from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.losses import aux_k_loss, gated_loss, l0_loss, l1_loss, reconstruction_loss
 from apportion.features.mutual_feature_choice import Phases, fit_zipf, set_shares_by_demand, underused_features
 from apportion.features.optimizer import dictionary_adam
+from apportion.features.resampling import ResampleDead, Resampling
 from apportion.features.rules import rule_to_dict
 from apportion.training import Hook, TrainingResult, TrainingSettings, train
+from apportion.training.optimizer import OptimizerFactory
 
 MATRYOSHKA = (1 / 32, 3 / 32, 7 / 32, 15 / 32)
 """The nested shares of Bussmann et al. 2025 (arXiv 2503.17547): groups of 1/32, 1/16, 1/8, 1/4 and the rest."""
@@ -264,6 +266,7 @@ def fit_dictionary(
     objective: DictionaryObjective | None = None,
     calibration: Callable[[], Iterable[Float[Tensor, "tokens d"]]] | None = None,
     start_from: Callable[[SparseAutoencoder], None] | None = None,
+    resampling: Resampling | None = None,
     folder: Path | str | None = None,
     provenance: dict[str, Any] | None = None,
     device: str | torch.device = "cpu",
@@ -285,6 +288,7 @@ def fit_dictionary(
             estimates of training serve.
         start_from: changes the initialised dictionary before the first step, say to the directions of another one. Name
             it in ``provenance`` if the run has a folder.
+        resampling: give dead features a new start now and then, see ``Resampling``.
         folder: for checkpoints and logs; an interrupted run in it is resumed. None keeps nothing on disk.
         provenance: what else decides the weights (the data); a run that was trained on something else is not resumed.
         device: where to train.
@@ -314,14 +318,21 @@ def fit_dictionary(
     budget = recipe.rule.mean_budget(recipe.n_features)
     sae.sparse_gradients = budget is not None and budget * recipe.batch_size < recipe.n_features / 2
     planned = recipe.settings(**settings)
+    optimizer: OptimizerFactory = dictionary_adam(sae, planned)
+    hooks: list[Hook[SparseAutoencoder]] = [UnitDecoder()]
+    if resampling is not None:
+        hook = ResampleDead(resampling, on_device, recipe.seed)
+        optimizer = hook.watching(optimizer)
+        hooks.append(hook)
+        provenance = {**(provenance or {}), "resampling": asdict(resampling)}
     result = train(
         sae,
         objective,
         batches,
         planned,
         folder,
-        hooks=[UnitDecoder()],
-        optimizer=dictionary_adam(sae, planned),
+        hooks=hooks,
+        optimizer=optimizer,
         provenance=flat_provenance(recipe, d_in, provenance),
         progress=progress,
         stop_after=stop_after,

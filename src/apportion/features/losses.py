@@ -63,7 +63,7 @@ def gated_loss(
 def aux_k_loss(
     sae: SparseAutoencoder,
     x_centred: Float[Tensor, "tokens d"],
-    residual: Float[Tensor, "tokens d"],
+    residual: Float[Tensor, "tokens d_out"],
     revive: Bool[Tensor, "features"],
     k_aux: int | None = None,
 ) -> Float[Tensor, ""]:

@@ -96,7 +96,7 @@ def dictionary_adam(sae: SparseAutoencoder, settings: TrainingSettings) -> Optim
     def build(parameters: Iterable[nn.Parameter]) -> DictionaryAdam:
         groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "unit_rows": True}]
         for each in parameters:
-            groups[each is sae.decoder_weight]["params"].append(each)
+            groups[each is sae.decoder_weight and sae.unit_decoder]["params"].append(each)
         return DictionaryAdam(groups, settings.learning_rate, settings.betas, settings.eps, settings.weight_decay)
 
     return build

@@ -31,11 +31,13 @@ from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.distributed import fit_dictionary_over_mesh
 from apportion.features.evaluate import SplicedLoss, evaluate_reconstruction
-from apportion.features.fitting import MATRYOSHKA, Recipe, fit_dictionary
+from apportion.features.fitting import MATRYOSHKA, Batches, Recipe, fit_dictionary
+from apportion.features.gradient_sae import GradientScore, fit_gradient_dictionary
 from apportion.features.job import Job
 from apportion.features.jump_relu import LearnedThreshold
 from apportion.features.mutual_feature_choice import Phases
-from apportion.models import LanguageModel, Site, cache_dir, harvest, join_parts, load
+from apportion.features.transcoder import TranscoderSettings, fit_transcoder
+from apportion.models import LanguageModel, Site, cache_dir, gradient_of, harvest, join_parts, load
 from apportion.models.activations import ActivationStore, StoreView, read_manifest
 from apportion.models.packaged import PACKAGES
 from apportion.training.state import differences
@@ -78,6 +80,8 @@ class ActivationSource:
         model_dtype: of the model.
         held_out: share of the tokens that training does not see; thresholds are calibrated on one half of it, quality
             is measured on the other.
+        gradients: keep gradients of the loss, too: ``label``, ``sampled`` or None; see ``harvest``.
+        target: for a transcoder, the site whose activations it makes of those at ``site``.
     """
 
     model: str
@@ -88,9 +92,13 @@ class ActivationSource:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     model_dtype: str = "float32"
     held_out: float = 0.2
+    gradients: Literal["label", "sampled"] | None = None
+    target: str | None = None
 
     def __post_init__(self) -> None:
         Site.parse(self.site)
+        if self.target is not None:
+            _check_target(Site.parse(self.site), Site.parse(self.target))
         if not 0 < self.held_out < 1:
             raise InputError(f"held_out={self.held_out}: a share between 0 and 1, such as 0.2")
         if self.tokens < 1:
@@ -108,12 +116,18 @@ class PreparedStore:
     test: StoreView
 
     @property
+    def target(self) -> Site | None:
+        """For a transcoder, the site of its output."""
+        return None if self.source.target is None else Site.parse(self.source.target)
+
+    @property
     def provenance(self) -> dict[str, Any]:
         """What of the data decides the weights of a dictionary."""
         manifest = self.store.manifest
         return {
             "model": manifest["model"]["name"],
             "site": str(self.store.site),
+            **({} if self.source.target is None else {"target": self.source.target}),
             "held_out": self.source.held_out,
             "store": manifest["made_from"],
             "documents_sha256": manifest["documents"]["sha256"],
@@ -281,13 +295,17 @@ def store_folder(source: ActivationSource, lm: LanguageModel) -> Path:
         "model": lm.fingerprint,
         "model_dtype": str(lm.model.dtype),
         "site": source.site,
+        # Stores that were named before there were targets keep their names.
+        **({} if source.target is None else {"target": source.target}),
         "text": _text_key(source.text, source.tokens),
         "tokens": source.tokens,
         "context": source.context,
         "dtype": source.dtype,
+        **({"gradients": source.gradients} if source.gradients else {}),
     }
     digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode()).hexdigest()[:12]
-    parts = (Path(source.model).name, source.site, Path(source.text).name, digest)
+    sites = source.site if source.target is None else f"{source.site}-{source.target}"
+    parts = (Path(source.model).name, sites, Path(source.text).name, digest)
     return cache_dir() / "stores" / "-".join(re.sub(r"[^\w.]+", "_", part) for part in parts)
 
 
@@ -322,7 +340,9 @@ def prepare_store(
     progress = progress and job.first
     check_text(source.text)
     lm = lm or load(source.model, source.model_dtype, device)
-    Site.parse(source.site).resolve(lm.model)
+    sites = [source.site] if source.target is None else [source.site, source.target]
+    for site in sites:
+        Site.parse(site).resolve(lm.model)
     shared = folder is None
     folder = store_folder(source, lm) if folder is None else Path(folder).expanduser()
     complete = job.as_first_says(_is_complete(folder))
@@ -339,12 +359,13 @@ def prepare_store(
     run = partial(
         harvest,
         lm,
-        source.site,
+        sites,
         corpus(source.text),
         folder,
         context=source.context,
         tokens=source.tokens,
         dtype=source.dtype,
+        gradients=source.gradients,
         progress=progress,
     )
     if complete or parts == 1:
@@ -396,7 +417,20 @@ def reopen_store(
     return _split(source, store)
 
 
+def _check_target(site: Site, target: Site) -> None:
+    """A transcoder's output is computed from its input, by an MLP or by more of the model."""
+    order = {"attn_out": 0, "mlp_in": 1, "mlp_out": 2, "residual": 3, "heads": -1, "embeddings": -2}
+    at, to = ((-1 if each.layer is None else each.layer, order[each.kind]) for each in (site, target))
+    if to <= at:
+        raise InputError(
+            f"target {target}: it must be computed after site {site}, such as layers.9.mlp_out after mlp_in"
+        )
+
+
 def _split(source: ActivationSource, store: ActivationStore) -> PreparedStore:
+    for site in (source.target, source.site):
+        if site is not None:
+            store.width_of(site)
     store.site = Site.parse(source.site)
     train, held_out = store.split(source.held_out)
     try:
@@ -471,10 +505,12 @@ def train_run(
     prepared: PreparedStore,
     recipe: Recipe,
     *,
+    score: GradientScore | None = None,
     judge: Callable[[SparseAutoencoder], dict[str, Any]] | None = None,
     device: str = "cpu",
     progress: bool = True,
     job: Job | None = None,
+    transcoder: TranscoderSettings | None = None,
     **settings: Any,
 ) -> TrainedRun:
     """Train and judge a dictionary in a folder; what an earlier call has done there is not done again.
@@ -483,25 +519,39 @@ def train_run(
         folder: of the run; new, empty, or of the same run.
         prepared: the activations.
         recipe: how to train.
+        score: let gradients help to choose the winners, see ``fit_gradient_dictionary``; the source must have them.
         judge: measures the finished dictionary, see ``evaluate_dictionary``; None leaves it unmeasured.
         device: where to train.
         progress: show it on stderr.
         job: the processes that train it, over its mesh, and all of which call this. The first one writes the files and
             measures; what the others return has no evaluation.
+        transcoder: what is special about a transcoder, where the source has a target.
         settings: overrides of ``TrainingSettings`` that do not decide the weights, such as ``tensorboard``.
 
     Raises:
-        InputError: the folder holds another run (names what differs), cannot be written, or the disk is full.
+        InputError: the folder holds another run (names what differs), cannot be written, or the disk is full; a
+            transcoder over a mesh.
         NonFiniteLossError: training diverged; checkpoints are kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the run can be continued.
     """
     folder, job = Path(folder), job or Job()
     progress = progress and job.first
+    if score is not None and job.mesh is not None:
+        raise InputError("a gradient-weighted dictionary is trained by one process: leave out the mesh, or the score")
     check_run_folder(folder)
+    if score is not None and prepared.target is not None:
+        raise InputError(
+            "gradients weigh the features of a dictionary, not of a transcoder: leave out the one or the other"
+        )
+    provenance = prepared.provenance | ({"gradient_score": asdict(score)} if score is not None else {})
+    if prepared.target is not None:
+        check_transcoder(job, recipe)
+        transcoder = transcoder or TranscoderSettings()
+        provenance["transcoder"] = asdict(transcoder)
     content = {
         "format": FORMAT,
         "recipe": recipe.to_json(),
-        "provenance": prepared.provenance,
+        "provenance": provenance,
         "source": _portable(prepared.source),
         "store_folder": str(prepared.store.folder.resolve()),
     }
@@ -521,21 +571,31 @@ def train_run(
             progress,
             f"training: {recipe.steps:,} steps of {recipe.batch_size:,} tokens, {recipe.n_features:,} features{over}",
         )
-        fit = fit_dictionary if job.mesh is None else partial(fit_dictionary_over_mesh, mesh=job.mesh)
+        fit: Callable[..., Any] = fit_dictionary
+        batches: Batches = prepared.train.batches(recipe.batch_size, recipe.seed)
+        site = prepared.source.site
+        if job.mesh is not None:
+            fit = partial(fit_dictionary_over_mesh, mesh=job.mesh)
+        elif score is not None:
+            fit = partial(fit_gradient_dictionary, score=score)
+            batches = prepared.train.joint_batches(recipe.batch_size, recipe.seed, sites=[site, gradient_of(site)])
+        elif prepared.target is not None:
+            fit = partial(fit_transcoder, d_out=prepared.store.width_of(prepared.target), transcoder=transcoder)
+            batches = prepared.train.joint_batches(recipe.batch_size, recipe.seed, sites=[site, prepared.target])
         sae, result = fit(
             recipe,
-            prepared.train.batches(recipe.batch_size, recipe.seed),
+            batches,
             prepared.train.width,
             # One calibrated dictionary is enough.
             calibration=prepared.calibration_batches if job.first else None,
             folder=folder,
-            provenance=prepared.provenance,
+            provenance=provenance,
             device=device,
             progress=progress,
             **settings,
         )
         resumed_from = result.resumed_from
-        sae.metadata = {**sae.metadata, "provenance": prepared.provenance, "source": content["source"]}
+        sae.metadata = {**sae.metadata, "provenance": provenance, "source": content["source"]}
         if job.first:
             sae.to(device).save(dictionary)
     if not job.first:
@@ -550,6 +610,18 @@ def train_run(
         write_json(folder / "evaluation.json", evaluation)
     job.wait()
     return TrainedRun(folder, sae, evaluation, content, resumed_from)
+
+
+def check_transcoder(job: Job, recipe: Recipe) -> None:
+    """Make sure that a transcoder can be trained by a recipe, before anything expensive begins.
+
+    Raises:
+        InputError: a gated one, or several processes.
+    """
+    if job.mesh is not None:
+        raise InputError("a transcoder is trained by one process: start `apportion train` without torchrun")
+    if recipe.gated:
+        raise InputError("rule gated: a transcoder has no separate gate; choose another rule, such as relu or jumprelu")
 
 
 def open_run(folder: Path | str, device: str = "cpu") -> TrainedRun:
@@ -592,7 +664,7 @@ def evaluate_dictionary(
             f"the dictionary takes activations of width {sae.d_in}, but {prepared.store.folder} holds width "
             f"{prepared.test.width}: give a store of the site that it was trained on"
         )
-    evaluation = evaluate_reconstruction(sae, prepared.test, device=device).to_json()
+    evaluation = evaluate_reconstruction(sae, prepared.test, target=prepared.target, device=device).to_json()
     if loss is not None:
         evaluation["metrics"] |= {name: asdict(metric) for name, metric in loss.evaluate(sae).items()}
         evaluation["loss_contexts"] = len(loss.ids)
@@ -604,7 +676,10 @@ def spliced_loss(prepared: PreparedStore, lm: LanguageModel, contexts: int = 64)
     if not lm.is_causal:
         return None
     prepared.store.check_model(lm)
-    return SplicedLoss(lm, Site.parse(prepared.source.site), prepared.test, contexts)
+    site = Site.parse(prepared.source.site)
+    if prepared.target is None:
+        return SplicedLoss(lm, site, prepared.test, contexts)
+    return SplicedLoss(lm, prepared.target, prepared.test, contexts, source=site)
 
 
 def _refuse_other_run(folder: Path, content: Mapping[str, Any]) -> None:

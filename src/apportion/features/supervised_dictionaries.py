@@ -160,12 +160,13 @@ def fit_supervised(
     for attribute, column in zip(chosen, columns, strict=True):
         if len(column) != x.shape[0]:
             raise InputError(f"attribute {attribute!r} has {len(column)} values for {x.shape[0]} activations: one each")
+    n_features = sum(len(set(column)) for column in columns)
     empty = SupervisedDictionary(
         attributes=chosen,
         values=tuple(tuple(dict.fromkeys(column)) for column in columns),
-        decoder_weight=x.new_zeros(sum(len(set(column)) for column in columns), x.shape[1]),
+        decoder_weight=x.new_zeros(n_features, x.shape[1]),
         decoder_bias=x.mean(dim=0),
-        counts=torch.zeros(0, dtype=torch.int64),
+        counts=torch.zeros(n_features, dtype=torch.int64, device=x.device),
     )
     design = empty.encode(table).to_dense().double()
     centred = x.double() - x.double().mean(dim=0)

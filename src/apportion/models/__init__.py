@@ -2,20 +2,30 @@
 
 from apportion.models.activations import ActivationStore, StoreView, gradient_of
 from apportion.models.capture import capture
+from apportion.models.chat import CallableChat, ChatModel, ReplayChat
+from apportion.models.chat_server import ChatServer
 from apportion.models.gradients import capture_with_gradients, capture_with_loss_gradients
 from apportion.models.harvest import harvest, join_parts
 from apportion.models.heads import HeadEdit, edit_heads, head_outputs
 from apportion.models.language import LanguageModel, load
+from apportion.models.local_chat import LocalChat
 from apportion.models.packaged import cache_dir, fetch
 from apportion.models.patching import ablate_heads, attribute_heads, keep_heads, patch_heads
 from apportion.models.prompts import TokenPairs, TokenPrompts, Validation, tokenise, validate
+from apportion.models.sentences import SentenceEncoder
 from apportion.models.site import Site
 from apportion.models.splice import splice
 
 __all__ = [
     "ActivationStore",
+    "CallableChat",
+    "ChatModel",
+    "ChatServer",
     "HeadEdit",
     "LanguageModel",
+    "LocalChat",
+    "ReplayChat",
+    "SentenceEncoder",
     "Site",
     "StoreView",
     "TokenPairs",

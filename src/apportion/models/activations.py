@@ -309,6 +309,14 @@ class StoreView:
         """
         return self.store.gather_contexts(self._chosen[max(start, 0) : max(stop, 0)], site)
 
+    def first_documents(self) -> Int64[np.ndarray, " contexts"]:
+        """The document in which each context begins; no activation is read."""
+        return self.store.document_range_of_context[0][self._chosen]
+
+    def token_ids_of(self, contexts: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, "n time"]:
+        """The token ids of some contexts, given by their number in the view, ascending; no activation is read."""
+        return self.store.gather_token_ids(self._chosen[contexts])
+
     def documents(self) -> Int64[Tensor, " documents"]:
         """The documents that the view has tokens of, in ascending order."""
         counts = self.store.tokens_per_document(self._chosen)
@@ -546,6 +554,13 @@ class ActivationStore(StoreView):
                 )
         numbers = (torch.from_numpy(token_ids), torch.from_numpy(valid), torch.from_numpy(document[:, 0].copy()))
         return numbers[0], self._as_float(bits, name), numbers[1], numbers[2]
+
+    def gather_token_ids(self, contexts: np.ndarray) -> Int64[np.ndarray, "n time"]:
+        """The token ids of contexts, by their number in the whole store, ascending."""
+        token_ids = np.empty((len(contexts), self.length), np.int64)
+        for shard, local, into in self._by_shard(contexts, self._first_contexts):
+            token_ids[into] = shard.tensor("token_ids")[local]
+        return token_ids
 
     def _gather(self, rows: np.ndarray, table_of: Callable[[Shard], np.ndarray], dtype: np.dtype) -> np.ndarray:
         # Neighbours on disk are read together.

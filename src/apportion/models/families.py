@@ -22,6 +22,7 @@ class Layout:
         attention_output: the projection whose input is the heads side by side and whose output is the attention's.
         mlp_input: the module whose input is the MLP's input.
         mlp_output: the module whose output is the MLP's output, before it is added to the residual stream.
+        neurons: the projection whose input is the MLP's neurons, after the non-linearity (and the gate).
         final_norm: the norm between the last block and the unembedding; empty where there is none.
         projection_out: a map from the residual stream to narrower token embeddings; empty where there is none.
         causal: False for encoders, whose tokens also see those after them.
@@ -32,21 +33,45 @@ class Layout:
     attention_output: str
     mlp_input: str
     mlp_output: str
+    neurons: str
     final_norm: str = ""
     projection_out: str = ""
     causal: bool = True
 
 
 LAYOUTS = (
-    Layout("Llama, Qwen2, Qwen3, Mistral, Gemma", "layers", "self_attn.o_proj", "mlp", "mlp", "norm"),
-    Layout("Gemma 3 with pictures", "language_model.layers", "self_attn.o_proj", "mlp", "mlp", "language_model.norm"),
-    Layout("Phi", "layers", "self_attn.dense", "mlp", "mlp", "final_layernorm"),
-    Layout("GPT-2", "h", "attn.c_proj", "mlp", "mlp", "ln_f"),
-    Layout("GPT-NeoX, Pythia", "layers", "attention.dense", "mlp", "mlp", "final_layer_norm"),
+    Layout("Llama, Qwen2, Qwen3, Mistral, Gemma", "layers", "self_attn.o_proj", "mlp", "mlp", "mlp.down_proj", "norm"),
     Layout(
-        "OPT", "decoder.layers", "self_attn.out_proj", "fc1", "fc2", "decoder.final_layer_norm", "decoder.project_out"
+        "Gemma 3 with pictures",
+        "language_model.layers",
+        "self_attn.o_proj",
+        "mlp",
+        "mlp",
+        "mlp.down_proj",
+        "language_model.norm",
     ),
-    Layout("BERT", "encoder.layer", "attention.output.dense", "intermediate.dense", "output.dense", causal=False),
+    Layout("Phi", "layers", "self_attn.dense", "mlp", "mlp", "mlp.fc2", "final_layernorm"),
+    Layout("GPT-2", "h", "attn.c_proj", "mlp", "mlp", "mlp.c_proj", "ln_f"),
+    Layout("GPT-NeoX, Pythia", "layers", "attention.dense", "mlp", "mlp", "mlp.dense_4h_to_h", "final_layer_norm"),
+    Layout(
+        "OPT",
+        "decoder.layers",
+        "self_attn.out_proj",
+        "fc1",
+        "fc2",
+        "fc2",
+        "decoder.final_layer_norm",
+        "decoder.project_out",
+    ),
+    Layout(
+        "BERT",
+        "encoder.layer",
+        "attention.output.dense",
+        "intermediate.dense",
+        "output.dense",
+        "output.dense",
+        causal=False,
+    ),
 )
 
 

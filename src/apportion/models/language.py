@@ -122,6 +122,27 @@ class LanguageModel:
             losses[part] = nn.functional.cross_entropy(logits, targets[part], reduction="none")
         return losses.view(input_ids.shape[0], -1)
 
+    @torch.no_grad()
+    def next_token_logits(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Int[Tensor, "batch time"] | Bool[Tensor, "batch time"],
+    ) -> Float[Tensor, "batch vocab"]:
+        """The logits, in float32, after the last token of each row that is not padding (on the right).
+
+        Splices in force are in force here too.
+
+        Raises:
+            InputError: the model does not predict the next token.
+        """
+        self._check_causal("next-token logits")
+        hidden = base_of(self.model)(
+            input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False
+        ).last_hidden_state
+        last = attention_mask.long().sum(dim=1) - 1
+        rows = hidden[torch.arange(len(last), device=hidden.device), last]
+        return finish_logits(self.model, self.model.get_output_embeddings()(rows).float())
+
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Callable[[Tensor], Tensor]]:
         """The map from the residual stream to the vocabulary, for the logit lens.
 

@@ -34,10 +34,16 @@ class AttentionAtWork:
     Attributes:
         pattern: how much each destination takes from each source; masked sources have 0.
         values: the value vectors; heads that share one (grouped queries) each have a copy of it.
+        queries: as they meet the keys, rotary embedding included; where they were asked for.
+        keys: likewise; heads that share one each have a copy of it.
+        scaling: of their products, before the softmax.
     """
 
     pattern: Float[Tensor, "batch heads destination source"]
     values: Float[Tensor, "batch heads source head_width"]
+    queries: Float[Tensor, "batch heads destination key_width"] | None = None
+    keys: Float[Tensor, "batch heads source key_width"] | None = None
+    scaling: float = 1.0
 
     @property
     def heads(self) -> Float[Tensor, "batch time heads head_width"]:
@@ -51,6 +57,7 @@ class _Watch:
 
     layers: dict[int, int]  # by the identity of the attention module
     freeze: bool
+    graph: bool = False  # keep queries and keys too, and all of it with its graph
     seen: dict[int, AttentionAtWork] = field(default_factory=dict)
 
 
@@ -68,7 +75,7 @@ def watch_attention(model: Any) -> Iterator[dict[int, AttentionAtWork]]:
     Raises:
         InputError: the model computes attention in a way of its own that cannot be watched.
     """
-    with _watched(transformer_of(model), freeze=False) as seen:
+    with watched(transformer_of(model), freeze=False) as seen:
         yield seen
 
 
@@ -89,8 +96,8 @@ def linearised(model: Any, mlps: Literal["constant", "model"] = "constant") -> I
     """
     inner = transformer_of(model)
     with contextlib.ExitStack() as stack:
-        seen = stack.enter_context(_watched(inner, freeze=True))
-        for norm in _norms(inner):
+        seen = stack.enter_context(watched(inner, freeze=True))
+        for norm in norms_of(inner):
             stack.callback(norm.register_forward_hook(_frozen(norm)).remove)
         if mlps == "constant":
             for layer in range(len(blocks_of(inner))):
@@ -138,7 +145,60 @@ class LinearNorm:
         return self.gain * centred
 
 
-def _norms(model: nn.Module) -> list[nn.Module]:
+@dataclass(eq=False)
+class NormsAtWork:
+    """What went into the norms of a model and what came out, in one forward pass.
+
+    Attributes:
+        calls: the module, its input and its output, in the order in which they were computed.
+    """
+
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = field(default_factory=list)
+
+    def around(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output of the norm that a tensor with a gradient was last computed through.
+
+        Raises:
+            InputError: it was computed through none.
+        """
+        found = self.call(tensor)
+        return found[1], found[2]
+
+    def call(self, tensor: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+        """`around`, with the module.
+
+        Raises:
+            InputError: the tensor was computed through none.
+        """
+        for module, before, after in reversed(self.calls):
+            if tensor is after:
+                return module, before, after
+            # The newest norm that it depends on is the one in front of it.
+            if tensor.requires_grad and after.requires_grad:
+                (grad,) = torch.autograd.grad(tensor.sum(), after, retain_graph=True, allow_unused=True)
+                if grad is not None:
+                    return module, before, after
+        raise InputError("no norm was computed on the way to this reading: this family of models norms elsewhere")
+
+
+@contextlib.contextmanager
+def norm_inputs(model: Any) -> Iterator[NormsAtWork]:
+    """In a ``with`` block, keep what goes into the norms of a model and what comes out of them.
+
+    Entered within `linearised`, what is kept is what the rest of the model computes with.
+    """
+    seen = NormsAtWork()
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.calls.append((module, args[0], output))
+
+    with contextlib.ExitStack() as stack:
+        for norm in norms_of(transformer_of(model)):
+            stack.callback(norm.register_forward_hook(keep).remove)
+        yield seen
+
+
+def norms_of(model: nn.Module) -> list[nn.Module]:
     """All norms within the model: the leaves that their families call so."""
     return [
         each
@@ -155,7 +215,7 @@ def _frozen(norm: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor]
         x = args[0]
         if not linear:
             # The hook is not called again from within: the norm is asked through its class.
-            linear.append(LinearNorm(_Bare(norm), x.shape[-1]))
+            linear.append(LinearNorm(BareNorm(norm), x.shape[-1]))
         directions = linear[0].directions(x)
         scale = linear[0].scale(x.detach(), output.detach())
         through = directions * scale
@@ -164,7 +224,7 @@ def _frozen(norm: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor]
     return hook
 
 
-class _Bare(nn.Module):
+class BareNorm(nn.Module):
     """A module without its hooks."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -179,10 +239,11 @@ class _Bare(nn.Module):
 
 
 @contextlib.contextmanager
-def _watched(model: Any, freeze: bool) -> Iterator[dict[int, AttentionAtWork]]:
+def watched(model: Any, freeze: bool, graph: bool = False) -> Iterator[dict[int, AttentionAtWork]]:
+    """What `watch_attention` and `linearised` do with attention: see it, freeze its patterns, keep its graph."""
     _register()
     modules = [_attention_of(block) for block in blocks_of(model)]
-    watch = _Watch({id(module): layer for layer, module in enumerate(modules)}, freeze)
+    watch = _Watch({id(module): layer for layer, module in enumerate(modules)}, freeze, graph)
     config = model.config
     before = config._attn_implementation
     model.set_attn_implementation(_NAME)
@@ -230,12 +291,16 @@ def _attention(
     watch = next(each for each in reversed(_watches) if id(module) in each.layers)
     groups = query.shape[1] // key.shape[1]
     key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.set_grad_enabled(torch.is_grad_enabled() and not watch.freeze):
-        scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = query @ key.transpose(-1, -2) * scaling
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if attention_mask is not None:
             scores = scores + attention_mask[..., : key.shape[-2]]
         pattern = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
-    watch.seen[watch.layers[id(module)]] = AttentionAtWork(pattern.detach(), value.detach())
+    seen = AttentionAtWork(pattern.detach(), value.detach())
+    if watch.graph:
+        seen = AttentionAtWork(pattern.detach(), value, query, key, scaling)
+    watch.seen[watch.layers[id(module)]] = seen
     return (pattern @ value).transpose(1, 2).contiguous(), pattern

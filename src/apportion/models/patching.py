@@ -3,7 +3,7 @@
 Noising (Wang et al. 2022, arXiv 2211.00593): in the run on the clean prompt a head's output becomes that of the
 counterfactual prompt, at all positions or at one, and everything above it is computed anew. The effect of a head is the
 metric without patch minus the metric with it: large where the head carried what the answer rests on. Patching a head of
-block L recomputes block L and those above, for several heads and prompts in one pass.
+block L recomputes block L and those above, from the first token that differs on, for several heads in one pass.
 """
 
 from collections.abc import Callable
@@ -60,7 +60,10 @@ def patch_heads(
     if direction == "denoising":
         base, source = source, base
     replacement = head_outputs(model, source.input_ids, source.attention_mask)
-    effects = _effects(model, pairs, base, replacement, metric, role, progress)
+    # Up to the first token that differs both runs are the same.
+    differs = (base.input_ids != source.input_ids).any(0).nonzero().flatten().tolist()
+    first = min([*differs[:1], *(int(place.min()) for name, place in base.positions.items() if name in ("end", role))])
+    effects = _effects(model, pairs, base, replacement, metric, role, first, progress)
     return -effects if direction == "denoising" and metric != "kl" else effects
 
 
@@ -70,6 +73,7 @@ def ablate_heads(
     kind: Literal["mean", "zero"] = "mean",
     *,
     metric: MetricChoice = "task",
+    means_over: TokenPairs | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float[Tensor, "pairs layers heads"]:
     """The effect of ablating every head, one at a time, by exact recomputation.
@@ -80,20 +84,26 @@ def ablate_heads(
         kind: ``zero``: the head puts out nothing. ``mean``: it puts out its mean at that position over all prompts of
             the task, clean and counterfactual.
         metric: as for `patch_heads`.
+        means_over: more pairs of the same task and length to take the means over; None takes those that are ablated.
         progress: is called with the layers done and their number.
 
     Raises:
         InputError: an unknown kind or metric.
     """
     if kind == "mean":
-        replacement = mean_outputs(model, pairs)
+        replacement = mean_outputs(model, pairs if means_over is None else means_over)
+        if replacement.shape[1] != pairs.clean.input_ids.shape[1]:
+            raise InputError(
+                f"means_over has {replacement.shape[1]} tokens a prompt and the pairs have "
+                f"{pairs.clean.input_ids.shape[1]}: use pairs of the same task and length"
+            )
     elif kind == "zero":
         width = (model.n_layers, model.n_heads, model.head_width)
         replacement = torch.zeros(1, pairs.clean.input_ids.shape[1], *width, device=model.device)
     else:
         raise InputError(f"kind {kind!r} is unknown: choose mean or zero")
     replacement = replacement.expand(len(pairs), *replacement.shape[1:])
-    return _effects(model, pairs, pairs.clean, replacement, metric, None, progress)
+    return _effects(model, pairs, pairs.clean, replacement, metric, None, 0, progress)
 
 
 def attribute_heads(
@@ -181,27 +191,31 @@ def _effects(
     replacement: Float[Tensor, "pairs time layers heads width"],
     metric: MetricChoice,
     role: str | None,
+    first: int,
     progress: Callable[[int, int], None] | None,
 ) -> Float[Tensor, "pairs layers heads"]:
-    """Metric before minus metric after (or the divergence) for every head's replacement in the run on ``base``."""
+    """Metric before minus metric after (or the divergence) for every head's replacement in the run on ``base``.
+
+    Positions before ``first`` are taken to stay as they are.
+    """
     if metric not in ("task", "logit_difference", "probability_difference", "kl"):
         raise InputError(f"metric {metric!r} is unknown: choose task, logit_difference, probability_difference or kl")
     if role is not None and role not in base.positions:
         raise InputError(f"role {role!r} is unknown: {pairs.name} has {', '.join(base.positions)}")
-    places = None if role is None else base.positions[role]
+    places = None if role is None else base.positions[role] - first
     effects = torch.zeros(len(pairs), model.n_layers, model.n_heads, device=model.device)
-    time = base.input_ids.shape[1]
+    time = base.input_ids.shape[1] - first
     at_once = max(1, min(len(pairs), _TOKENS_AT_ONCE // time))
     starts = range(0, len(pairs), at_once)
     for done, start in enumerate(starts):
         rows = slice(start, start + at_once)
         prompts, judged = base.select(rows), pairs.clean.select(rows)
-        restart = Restart(model, prompts)
+        restart = Restart(model, prompts, first)
         before = restart.logits(model.n_layers - 1)
         heads_at_once = max(1, _TOKENS_AT_ONCE // (time * len(prompts)))
         for layer in range(model.n_layers):
             for group in torch.arange(model.n_heads).split(heads_at_once):
-                instead = replacement[rows, :, layer]
+                instead = replacement[rows, first:, layer]
                 replace = _each_in_its_copy(model, instead, group, None if places is None else places[rows])
                 with splice(model, Site(layer, "heads"), replace):
                     after = restart.logits(layer, copies=len(group)).unflatten(0, (len(group), -1))

@@ -21,6 +21,7 @@ class Site:
     | ``residual`` | hidden state after block L (transformers' ``hidden_states[L + 1]`` but for the last block) |
     | ``attn_out`` | output of the attention's output projection |
     | ``heads`` | the heads' outputs side by side: the input of that projection (may be wider than the model) |
+    | ``neurons`` | the MLP's neurons, after the non-linearity: the input of its last projection |
     | ``mlp_in`` | input of the MLP (after the norm in front of it) |
     | ``mlp_out`` | output of the MLP itself (Gemma 2 and 3 norm it once more before they add it) |
     | ``embeddings`` | hidden state before block 0, positions included; it has no layer |
@@ -32,7 +33,7 @@ class Site:
     layer: int | None
     kind: str
 
-    KINDS: ClassVar[tuple[str, ...]] = ("residual", "mlp_out", "mlp_in", "attn_out", "heads", "embeddings")
+    KINDS: ClassVar[tuple[str, ...]] = ("residual", "mlp_out", "mlp_in", "attn_out", "heads", "neurons", "embeddings")
 
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:
@@ -67,10 +68,11 @@ class Site:
         """The number of activations a token has here, in a `LanguageModel` or a transformers model."""
         model = transformer_of(model)
         module, _ = self.resolve(model)
-        if self.kind != "heads":
+        if self.kind not in ("heads", "neurons"):
             return int(model.config.get_text_config().hidden_size)
         # GPT-2's Conv1D calls its number of inputs nx.
-        return int(module.in_features if hasattr(module, "in_features") else module.nx)  # type: ignore[arg-type]
+        inputs: Any = module.in_features if hasattr(module, "in_features") else module.nx
+        return int(inputs)
 
     def resolve(self, model: Any) -> tuple[nn.Module, Side]:
         """The module to listen to and the side of it, in a `LanguageModel` or a transformers model.
@@ -88,6 +90,7 @@ class Site:
         path, side = {
             "attn_out": (layout.attention_output, "output"),
             "heads": (layout.attention_output, "input"),
+            "neurons": (layout.neurons, "input"),
             "mlp_in": (layout.mlp_input, "input"),
             "mlp_out": (layout.mlp_output, "output"),
         }[self.kind]

@@ -35,3 +35,31 @@ def splice(model: Any, site: Site, replace: Callable[[Tensor], Tensor]) -> Itera
 
     with visit(model, site, checked):
         yield
+
+
+@contextlib.contextmanager
+def splice_from(model: Any, source: Site, site: Site, replace: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """`splice`, where the replacement is made of what the same pass computed earlier: a transcoder in an MLP's place.
+
+    Args:
+        model: see `splice`.
+        source: where to listen; computed before ``site``.
+        site: where to replace.
+        replace: maps the activations at ``source`` and those at ``site`` to others of the shape of the latter.
+
+    Raises:
+        InputError: the model lacks a site.
+        ValueError: from the forward pass, if a replacement has another shape, or ``source`` is computed after ``site``.
+    """
+    heard: list[Tensor] = []
+
+    def listen(activations: Tensor) -> None:
+        heard[:] = [activations]
+
+    def put(activations: Tensor) -> Tensor:
+        if not heard:
+            raise ValueError(f"nothing was computed at {source} before {site}: listen to something below")
+        return replace(heard.pop(), activations)
+
+    with visit(model, source, listen), splice(model, site, put):
+        yield

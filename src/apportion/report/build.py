@@ -12,7 +12,8 @@ from apportion.features.contexts import ContextView, SparseEncoder, collect_cont
 from apportion.features.geometry import nearest_features
 from apportion.features.logit_lens import logit_lens
 from apportion.features.mutual_feature_choice import ZipfFit
-from apportion.report.data import ErrorByDifficulty, Metric, ReportData
+from apportion.models.spelling import byte_level_alphabet, kind_of_vocabulary
+from apportion.report.data import ErrorByDifficulty, ExplainedFeature, Metric, ReportData, ScorerFigures
 
 
 @runtime_checkable
@@ -40,6 +41,7 @@ def build_report(
     history: Sequence[Mapping[str, float]] = (),
     zipf: ZipfFit | None = None,
     labels: Mapping[int, str] | None = None,
+    explanations: Mapping[int, ExplainedFeature] | None = None,
     document_names: Mapping[int, str] | None = None,
     held_out: ContextView | None = None,
     difficulty_contexts: int = 64,
@@ -60,6 +62,7 @@ def build_report(
         history: training log.
         zipf: law fitted to the densities.
         labels: what features are called.
+        explanations: what they mean and how well that holds, see ``explained_features``.
         document_names: names of the documents by number.
         held_out: contexts that were not trained on, for error by token difficulty; default ``view``.
         difficulty_contexts: how many of them, spread evenly; 0 leaves it out.
@@ -95,8 +98,43 @@ def build_report(
         lens=lens,
         nearest=nearest_features(weight),
         labels=labels or {},
+        explanations=explanations or {},
         document_names=document_names or {},
     )
+
+
+def explained_features(
+    records: Mapping[int, Mapping[str, Any]], style: str = "", judge: str = ""
+) -> dict[int, ExplainedFeature]:
+    """What a report shows of the records that `apportion.features.auto_interp.read_results` reads.
+
+    Args:
+        records: by feature; those without an explanation are left out.
+        style: of the explanations.
+        judge: who made and judged them.
+    """
+    return {
+        feature: ExplainedFeature(
+            record["explanation"],
+            style,
+            judge,
+            record["flagged"],
+            {
+                name: ScorerFigures(
+                    auroc=score["auroc"],
+                    balanced_accuracy=score["balanced_accuracy"],
+                    expected_precision=score["expected_precision"],
+                    by_quantile=score["by_quantile"],
+                    by_source={source: each["auroc"] for source, each in score["by_source"].items()},
+                    failed=score["failed"],
+                    notes=score["extra"],
+                )
+                for name, score in record["scores"].items()
+            },
+        )
+        for feature, record in records.items()
+        if record["status"] == "explained"
+    }
 
 
 @torch.no_grad()
@@ -156,7 +194,7 @@ def token_texts(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
     Leading spaces survive (SentencePiece drops them), WordPiece tokens get the space that precedes a new word, and a
     token that is only part of a character shows its bytes, e.g. ``⟨E2 80⟩``, rather than a replacement character.
     """
-    byte_of = {character: byte for byte, character in _byte_level_alphabet().items()}
+    byte_of = {character: byte for byte, character in byte_level_alphabet().items()}
 
     def texts(ids: Sequence[int]) -> list[str]:
         return [
@@ -165,9 +203,7 @@ def token_texts(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
         ]
 
     special = set(tokenizer.all_special_ids)
-    # By majority: a byte-level vocabulary made from code also holds tokens that begin with ## and with ▁.
-    marks = {mark: sum(piece.startswith(mark) for piece in tokenizer.get_vocab()) for mark in ("Ġ", "##", "▁")}
-    kind = max(marks, key=lambda mark: marks[mark])
+    kind = kind_of_vocabulary(tokenizer)
 
     def _token_text(token: int, piece: str | None) -> str:
         if piece is None:
@@ -192,10 +228,3 @@ def _bytes_text(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return f"⟨{raw.hex(' ').upper()}⟩"
-
-
-def _byte_level_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-in for every byte (Radford et al. 2019, ``bytes_to_unicode``)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in set(printable)]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}

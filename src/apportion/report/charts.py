@@ -115,6 +115,25 @@ def winners_chart(winners_per_token: Int[np.ndarray, " counts"]) -> Chart:
     )
 
 
+def similarity_chart(
+    title: str, similarity: Float[np.ndarray, " features"], note: str = "", x_label: str = "cosine", bars: int = 40
+) -> Chart:
+    """How many features are how like their match; what lies below the axis is counted in its first bar."""
+    low = 0.0 if similarity.min(initial=0.0) >= 0 else -1.0
+    edges = np.linspace(low, 1, bars + 1)
+    counts, _ = np.histogram(np.clip(similarity, low, 1), edges)
+    plot = _Plot(590, 240, (low, 1.0), (0, float(max(counts.max(), 1)) * 1.08))
+    hints = [
+        f"{left:.2f} to {right:.2f}: {count:,} features"
+        for left, right, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+    inside = plot.bars(edges[:-1], edges[1:], counts.astype(np.float64), hints)
+    if len(similarity):
+        middle = float(np.median(similarity))
+        inside += plot.rule_at(middle, f"median {middle:.2f}")
+    return Chart(title, note, plot.drawn(inside, x_label=x_label, y_label="features"))
+
+
 def difficulty_charts(found: ErrorByDifficulty) -> list[Chart]:
     """Error and budget by groups of token difficulty, side by side on the same groups."""
     group = np.arange(1, len(found.error) + 1, dtype=np.float64)

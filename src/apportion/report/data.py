@@ -57,6 +57,48 @@ class ErrorByDifficulty:
 
 
 @dataclass(frozen=True)
+class ScorerFigures:
+    """What one scorer found out about an explanation; None where it could not be computed.
+
+    Attributes:
+        auroc: see `apportion.features.auto_interp.Score`, as the rest.
+        balanced_accuracy: see there.
+        expected_precision: see there.
+        by_quantile: share of activating windows recognised, weakest activations first.
+        by_source: AUROC against the negatives of each source.
+        failed: windows without an answer, by why.
+        notes: further figures, as they are shown.
+    """
+
+    auroc: float | None = None
+    balanced_accuracy: float | None = None
+    expected_precision: float | None = None
+    by_quantile: Sequence[float | None] = ()
+    by_source: Mapping[str, float | None] = field(default_factory=dict)
+    failed: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, str | float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExplainedFeature:
+    """A feature in words, and how well they hold.
+
+    Attributes:
+        text: the explanation.
+        style: how it was made.
+        judge: what made and judged it; empty where no chat model did.
+        flagged: the judge did not keep to the form that was asked for.
+        scores: by scorer; the AUROC of the first one is what the list of features shows.
+    """
+
+    text: str
+    style: str = ""
+    judge: str = ""
+    flagged: bool = False
+    scores: Mapping[str, ScorerFigures] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ReportData:
     """The input of `write_report`.
 
@@ -72,6 +114,7 @@ class ReportData:
         lens: promoted and suppressed tokens; None where the site does not write to the residual stream.
         nearest: neighbours by decoder cosine.
         labels: what features are called, by feature number.
+        explanations: of features, by number; where a feature has no label its explanation is one.
         document_names: names of the documents, by document number.
     """
 
@@ -86,6 +129,7 @@ class ReportData:
     lens: LogitLens | None = None
     nearest: NearestFeatures | None = None
     labels: Mapping[int, str] = field(default_factory=dict)
+    explanations: Mapping[int, ExplainedFeature] = field(default_factory=dict)
     document_names: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,6 +148,7 @@ class ReportData:
                     f"{name} is about {len(array)} features but contexts is about {self.contexts.n_features}: "
                     "take both from the same dictionary"
                 )
-        beyond = [feature for feature in self.labels if not 0 <= feature < self.contexts.n_features]
-        if beyond:
-            raise ValueError(f"labels names feature {beyond[0]}, but there are {self.contexts.n_features} features")
+        for name, named in (("labels", self.labels), ("explanations", self.explanations)):
+            beyond = [feature for feature in named if not 0 <= feature < self.contexts.n_features]
+            if beyond:
+                raise ValueError(f"{name} names feature {beyond[0]}, but there are {self.contexts.n_features} features")

@@ -7,14 +7,22 @@ travels in base64 and is shown through ``textContent`` only. What the template p
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apportion.data.files import write_atomically
 from apportion.report.charts import Chart, density_chart, difficulty_charts, training_charts, winners_chart
 from apportion.report.data import Metric, ReportData
 from apportion.report.payload import blocks, readable
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+# The page beside a report on which features are followed through prompts; `write_explorer` writes it.
+EXPLORER = "explore.html"
 
 
 def write_report(path: Path | str, data: ReportData) -> Path:
@@ -24,16 +32,11 @@ def write_report(path: Path | str, data: ReportData) -> Path:
         InputError: the folder cannot be written or the disk is full.
         ValueError: the data contradict themselves; names the part.
     """
-    from jinja2 import Environment, StrictUndefined
-
     path = Path(path)
-    templates = files("apportion.report") / "templates"
-    style, script = ((templates / name).read_text(encoding="utf-8").strip() for name in ("report.css", "report.js"))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
-    stream = template.stream(
+    style, script = (read_templates(each) for each in (("report.css",), ("page.js", "report.js")))
+    stream = template("report.html.j2").stream(
         title=readable(data.title),
-        policy=_policy(script, style),
+        policy=page_policy(script, style),
         style=style,
         script=script,
         summary=[(readable(str(name)), readable(_fact(value))) for name, value in data.summary.items()],
@@ -43,8 +46,10 @@ def write_report(path: Path | str, data: ReportData) -> Path:
         n_features=data.contexts.n_features,
         n_dead=int((data.contexts.fires == 0).sum()),
         n_tokens=data.contexts.n_tokens,
+        has_explanations=bool(data.explanations),
         has_lens=data.lens is not None,
-        version=_version(),
+        version=page_version(),
+        has_explorer=(path.parent / EXPLORER).exists(),
         blocks=blocks(data),
     )
     with write_atomically(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
@@ -67,13 +72,33 @@ def _readable_chart(chart: Chart) -> Chart:
     return Chart(readable(chart.title), readable(chart.note), readable(chart.svg))
 
 
-def _policy(script: str, style: str) -> str:
+def read_templates(names: Sequence[str]) -> str:
+    """Some of the files beside the templates, one after the other."""
+    folder = files("apportion.report") / "templates"
+    return "\n".join((folder / name).read_text(encoding="utf-8").strip() for name in names)
+
+
+def template(name: str) -> "Template":
+    """A template whose every variable is escaped, and must be given."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(read_templates([name]))
+
+
+def page_policy(script: str, style: str, may_ask: bool = False) -> str:
+    """The Content-Security-Policy of a page that runs this script and this style sheet and nothing else.
+
+    ``may_ask``: whether it may send requests to where it came from.
+    """
+
     def allowed(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
 
+    asking = "connect-src 'self'; " if may_ask else ""
     return (
         f"default-src 'none'; script-src {allowed(script)}; style-src {allowed(style)}; "
-        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+        f"{asking}base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
 
@@ -96,7 +121,8 @@ def _fact(value: str | int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _version() -> str:
+def page_version() -> str:
+    """The version that a page says it was written by; empty for a copy that is not installed."""
     try:
         return version("apportion")
     except PackageNotFoundError:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from apportion.report.data import ReportData
+from apportion.report.data import ExplainedFeature, ReportData
 
 CHUNK_FEATURES = 128
 
@@ -82,9 +82,10 @@ def blocks(data: ReportData) -> Iterator[tuple[str, str]]:
                 "max": contexts.max_activation.astype(np.float32),
                 "mean": contexts.mean_activation.astype(np.float32),
                 "cosine": _first_column(None if data.nearest is None else data.nearest.cosine),
+                "score": _headline_scores(data),
                 "promoted": np.zeros(0, np.uint32) if data.lens is None else word(data.lens.promoted_ids),
             },
-            {"labels": {str(feature): readable(label) for feature, label in data.labels.items()}},
+            {"labels": {str(feature): readable(label) for feature, label in _labels(data).items()}},
         ),
     )
     yield "corpus", encode_block({"tokens": word(corpus)})
@@ -123,7 +124,12 @@ def blocks(data: ReportData) -> Iterator[tuple[str, str]]:
                 "nearest": data.nearest.indices[part].astype(np.uint32),
                 "nearest_cosine": data.nearest.cosine[part].astype(np.float32),
             }
-        yield f"features-{start // CHUNK_FEATURES}", encode_block(arrays)
+        explained = {
+            str(feature - start): _explained(data.explanations[feature])
+            for feature in range(part.start, part.stop)
+            if feature in data.explanations
+        }
+        yield f"features-{start // CHUNK_FEATURES}", encode_block(arrays, {"explained": explained})
 
 
 def _about(data: ReportData) -> dict[str, Any]:
@@ -138,6 +144,53 @@ def _about(data: ReportData) -> dict[str, Any]:
         "edges": contexts.histogram_edges.tolist(),
         "lens": 0 if data.lens is None else data.lens.promoted_ids.shape[1],
         "nearest": 0 if data.nearest is None else data.nearest.indices.shape[1],
+        "scorer": _headline_scorer(data),
+    }
+
+
+def _labels(data: ReportData) -> dict[int, str]:
+    return {feature: explained.text for feature, explained in data.explanations.items()} | dict(data.labels)
+
+
+def _headline_scorer(data: ReportData) -> str:
+    """The scorer whose AUROC the list shows: the first that any explanation has."""
+    return next((name for each in data.explanations.values() for name in each.scores), "")
+
+
+def _headline_scores(data: ReportData) -> np.ndarray:
+    scorer = _headline_scorer(data)
+    if not scorer:
+        return np.zeros(0, np.float32)
+    found = np.full(data.contexts.n_features, np.nan, np.float32)
+    for feature, explained in data.explanations.items():
+        if scorer in explained.scores and (value := explained.scores[scorer].auroc) is not None:
+            found[feature] = value
+    return found
+
+
+def _explained(explained: ExplainedFeature) -> dict[str, Any]:
+    return {
+        "text": readable(explained.text),
+        "style": readable(explained.style),
+        "judge": readable(explained.judge),
+        "flagged": explained.flagged,
+        "scores": [
+            {
+                "name": readable(name),
+                "auroc": figures.auroc,
+                "balanced": figures.balanced_accuracy,
+                "precision": figures.expected_precision,
+                "quantiles": list(figures.by_quantile),
+                "sources": [[readable(source), value] for source, value in figures.by_source.items()],
+                "failed": [[readable(kind), count] for kind, count in figures.failed.items()],
+                "notes": [
+                    [readable(what), readable(value) if isinstance(value, str) else value]
+                    for what, value in figures.notes.items()
+                    if value is not None
+                ],
+            }
+            for name, figures in explained.scores.items()
+        ],
     }
 
 

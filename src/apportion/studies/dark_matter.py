@@ -79,6 +79,7 @@ class _Size:
     grid: tuple[float, ...] = (0.0, 0.5, 1.0)
     grid_tokens: tuple[int, int] = (8_000, 4_000)
     loss_contexts: int = 32
+    sources: tuple[str, ...] = ("the previous layer", "the attention output", "the MLP output")
     on_errors: bool = False  # also train dictionaries on the two parts of the error
     dtype: str = "auto"
     device: str = "cpu"
@@ -94,7 +95,10 @@ _SIZES: dict[Scale, _Size] = {
         (48, 96, 160), 60, model="synthetic", tokens=8_000, budget=4, batch_size=256, pursued=(1000, 500),
         grid_tokens=(1000, 500),
     ),
-    "default": _Size((576, 1152, 2304), 120),
+    "default": _Size(
+        (576, 1152, 2304), 150, tokens=100_000, batch_size=1024, pursued=(12_000, 6_000), loss_contexts=16,
+        sources=("the previous layer",),
+    ),
     "long": _Size(
         (1152, 2304, 4608), 600, tokens=400_000, rates=(1e-3, 2e-3, 4e-3), tuned_steps=150, pursued=(30_000, 15_000),
         grid=(0.0, 0.25, 0.5, 0.75, 1.0), grid_tokens=(20_000, 10_000), on_errors=True,
@@ -144,13 +148,18 @@ class _Model(_World):
         lm = load(size.model, dtype=size.dtype, device=size.device)
         layer = f"layers.{size.layer}"
         self.site = f"{layer}.residual"
-        self.sources = {
-            "the previous layer's reconstruction": f"layers.{size.layer - 1}.residual",
-            "the attention output's reconstruction": f"{layer}.attn_out",
-            "the MLP output's reconstruction": f"{layer}.mlp_out",
+        places = {
+            "the previous layer": f"layers.{size.layer - 1}.residual",
+            "the attention output": f"{layer}.attn_out",
+            "the MLP output": f"{layer}.mlp_out",
         }
+        self.sources = {name: places[name] for name in size.sources}
         sites = [*self.sources.values(), self.site]
-        name = f"study-dark_matter-{size.model}-{layer}-{size.text}-{size.tokens}-{lm.model.dtype}".replace("/", "-")
+        name = (
+            f"study-dark_matter-{size.model}-{layer}-{size.text}-{size.tokens}-{len(sites)}-{lm.model.dtype}".replace(
+                "/", "-"
+            )
+        )
         folder = cache_dir() / "stores" / name.replace("torch.", "")
         bench.say(f"harvesting {size.tokens} tokens at {len(sites)} sites")
         store: ActivationStore = harvest(lm, sites, corpus(size.text), folder, tokens=size.tokens)
@@ -186,7 +195,7 @@ class _Synthetic(_World):
 
     def __init__(self, size: _Size) -> None:
         self.width, self.loss = 32, None
-        self.sources = {"the previous layer's reconstruction": "previous"}
+        self.sources = {"the previous layer": "previous"}
         generator = SyntheticDictionary()
         count = size.tokens // 2
         self._train = generator.sample(count, seed=1).x
@@ -328,8 +337,8 @@ class _Trials:
         for name, site in self.world.sources.items():
             other = self.dictionary(recipe, site)
             x = self.world.fit(site).x, self.world.test(site).x
-            sources[name] = tuple(self._reconstruct(other, each) for each in x)
-            if name.startswith("the previous layer"):
+            sources[f"{name}'s reconstruction"] = tuple(self._reconstruct(other, each) for each in x)
+            if name == "the previous layer":
                 sources["the previous layer itself"] = x
         return explained_elsewhere(fit, errors[0], test, errors[1], sources)  # type: ignore[arg-type]
 

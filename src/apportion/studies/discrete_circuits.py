@@ -90,7 +90,7 @@ class _Choice:
 
 
 # What the search at the scale ``long`` chose.
-_SEARCHED = _Choice(CodeSettings(n_features=200, penalty=0.02), "mean", "tv")
+_SEARCHED = _Choice(CodeSettings(n_features=200, penalty=0.1), "mean", "tv")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,10 @@ class _Real:
         """Pairs that label the heads; docstring's are long."""
         return self.label_pairs_docstring if task.name == "docstring" else self.label_pairs
 
+    def ablating(self, task: _Task) -> int:
+        """Pairs whose heads are ablated."""
+        return max(1, self.labelling(task) // 3)
+
 
 @dataclass(frozen=True)
 class _Size:
@@ -136,7 +140,7 @@ _SIZES: dict[Scale, _Size] = {
     "smoke": _Size(worlds=1, epochs=200),
     "default": _Size(
         worlds=3,
-        real=_Real(pairs=40, label_pairs=8, label_pairs_docstring=4, attributed_pairs=8, search=False),
+        real=_Real(pairs=30, label_pairs=6, label_pairs_docstring=3, attributed_pairs=4, search=False),
     ),
     "long": _Size(real=_Real()),
     "gpu": _Size(real=_Real(device="cuda", pairs=250, label_pairs=128, label_pairs_docstring=64)),
@@ -291,10 +295,10 @@ class _Trials:
 
     def of_the_task(self, task: _Task) -> dict[str, dict[str, float]]:
         """What is measured once: the model itself, exact patching against itself, ablation."""
-        effects, count = self.effects(task), self.size.labelling(task)
+        effects = self.effects(task)
 
         def measure() -> Any:
-            found = validate(self.lm, self.pairs(task, 64, _LABEL_SEED))
+            found = validate(self.lm, self.pairs(task, 32, _LABEL_SEED))
             model = {
                 "top-1 accuracy": found.accuracy,
                 "prompts with metric > 0": found.preferred,
@@ -302,7 +306,8 @@ class _Trials:
                 "metric of counterfactuals": found.counterfactual_metric,
             }
             started = time.perf_counter()
-            ablated = ablate_heads(self.lm, self.pairs(task, count, _LABEL_SEED + 1))
+            pairs = self.pairs(task, 32, _LABEL_SEED + 1)
+            ablated = ablate_heads(self.lm, pairs.select(slice(0, self.size.ablating(task))), means_over=pairs)
             ablation = HeadScores("", ablated.mean(0).abs().cpu(), time.perf_counter() - started)
             return {"the model itself": model, "mean ablation of each head": self._judged(ablation, effects)}
 
@@ -321,7 +326,7 @@ class _Trials:
             pairs = self.pairs(task, self.size.pairs, seed)
             scores = self._scores(task, pairs, seed, searched)
             figures = {each.name: self._judged(each, effects) | each.notes for each in scores}
-            self._add_faithfulness(figures, scores, self.pairs(task, self.size.attributed_pairs, _LABEL_SEED + 2), seed)
+            self._add_faithfulness(figures, scores, self.pairs(task, 4, _LABEL_SEED + 2), seed)
             return figures
 
         settings = [asdict(self.size), task.name, seed, str(searched)]

@@ -82,8 +82,8 @@ def on_toys(size: Toys, seeds: list[int], bench: Workbench) -> tuple[list[Row], 
         f"Occlusion: 30 values an attribute in 20 dimensions, F={size.n_features}, ReLU with L1 of {size.penalty:g} in "
         f"the units of the activations, {size.steps} steps of {size.batch_size}, Adam {size.learning_rate:g}; a value "
         "counts as found if a feature has F1 of at least 0.5 for it.",
-        f"Over-splitting: two unit Gaussians 4 apart in 100 dimensions, {size.samples} samples; best gain and threshold "
-        "of the ideal dictionary, best scale of the random one, for each penalty.",
+        f"Over-splitting: two unit Gaussians 4 apart in 100 dimensions, {size.samples} samples; best gain and "
+        "threshold of the ideal dictionary, best scale of the random one, for each penalty.",
     ]
     return collect_rows(measured), [Comparison.positive(claim, each.tolist()) for claim, each in claims], notes
 

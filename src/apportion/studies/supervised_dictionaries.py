@@ -128,7 +128,7 @@ class _Size:
 
 _ALL = (*_SUPERVISED, _TOPK, "ReLU + L1", "Gated", _FROZEN, _RANDOM, _GENERAL)
 _SIZES: dict[Scale, _Size] = {
-    "smoke": _Size((), Toys(steps=150, test=1000, samples=1000)),
+    "smoke": _Size((), Toys(steps=60, test=500, samples=500)),
     "default": _Size((_Task(steps=800),), Toys(steps=1500)),
     "long": _Size(
         tuple(_Task(frame=frame, names=10, repeats=5, test=120, selection=32, arms=_ALL) for frame in (1, 0, 2)),

@@ -1,47 +1,8 @@
-"use strict";
-// One rule above all: text from a corpus reaches the page through textContent and text nodes, never as HTML.
+// The list of features and the page of each; `page` is in page.js.
 (() => {
-  const byId = (id) => document.getElementById(id);
-  const make = (tag, name = "", text = null) => {
-    const node = document.createElement(tag);
-    if (name) node.className = name;
-    if (text !== null) node.textContent = text;
-    return node;
-  };
-  const number = new Intl.NumberFormat("en");
+  const { byId, make, number, unpack, write, digits, keep, kept, setTheme, nextTheme } = page;
 
-  // ---- blocks: base64 -> inflate -> JSON header and typed arrays ------------------------------------------------
-
-  const arrayOf = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, i2: Int16Array, i4: Int32Array, f4: Float32Array, f8: Float64Array };
-
-  function bytesOf(base64) {
-    if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
-    const binary = atob(base64);
-    const bytes = new Uint8Array(binary.length);
-    for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-    return bytes;
-  }
-
-  async function inflate(name) {
-    try {
-      const bytes = bytesOf(byId("block-" + name).textContent);
-      return await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer();
-    } catch {
-      throw new Error(`its part “${name}” is missing or damaged. The file may have been cut off: please write the report again.`);
-    }
-  }
-
-  async function unpack(name) {
-    const buffer = await inflate(name);
-    const size = new DataView(buffer).getUint32(0, true);
-    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
-    const block = { plain: header.plain };
-    for (const [key, [kind, offset, count]] of Object.entries(header.arrays)) {
-      // The header's length makes the data begin at a multiple of 8, so views need no copy.
-      block[key] = new arrayOf[kind](buffer, 4 + size + offset, count);
-    }
-    return block;
-  }
+  // ---- blocks ---------------------------------------------------------------------------------------------------
 
   const recent = new Map();
   function chunkOf(feature) {
@@ -69,44 +30,6 @@
   }
 
   // ---- tokens ---------------------------------------------------------------------------------------------------
-
-  // Controls, bidirectional marks, zero-width and unusual spaces: they would hide, or turn the text around them about.
-  const hiddenCharacter = /[\u0000-\u001f\u007f-\u00a0\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000\u3164\ufeff\uffa0\ufff0-\ufffb\u{e0000}-\u{e0fff}]/u;
-  // Joiners and variation selectors are part of many scripts and of emoji: shown only where they stand alone.
-  const joiner = /[\u200c\u200d\ufe00-\ufe0f]/u;
-  const signs = { "\n": "↵", "\r": "␍", "\t": "⇥" };
-  const longest = 120;
-
-  function write(node, text, chip = false) {
-    if (text.length > longest) text = text.slice(0, longest) + "…";
-    const alone = text.length <= 2;
-    let plain = "";
-    const flush = () => {
-      if (plain) node.append(plain);
-      plain = "";
-    };
-    const blank = /^ +$/.test(text);
-    let leading = true;
-    for (const character of text) {
-      const isSpace = character === " ";
-      if (isSpace && (blank || (chip && leading))) {
-        flush();
-        node.append(make("span", "ws", "·"));
-      } else if (signs[character]) {
-        flush();
-        node.append(make("span", "ws", signs[character]));
-      } else if (joiner.test(character) ? alone : hiddenCharacter.test(character)) {
-        flush();
-        node.append(make("span", "code", character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")));
-      } else {
-        plain += character;
-      }
-      leading &&= isSpace || character in signs;
-    }
-    flush();
-    if (text === "") node.append(make("span", "code", "empty"));
-    return node;
-  }
 
   const chipOf = (word) => write(make("span", "chip"), words[word], true);
 
@@ -171,12 +94,6 @@
 
   // ---- numbers --------------------------------------------------------------------------------------------------
 
-  function digits(value) {
-    if (value === 0) return "0";
-    const size = Math.abs(value);
-    const text = size >= 1000 ? number.format(Math.round(value)) : size >= 0.001 ? Number(value.toPrecision(3)).toString() : value.toExponential(1);
-    return text.replace("-", "−");
-  }
   // Always three digits, for columns.
   const even = (value) => (value >= 1000 || value < 0.01 ? digits(value) : value.toPrecision(3));
   const densityOf = (feature) => list.fires[feature] / Math.max(about.tokens, 1);
@@ -274,6 +191,7 @@
       { key: "id", name: "Feature", value: (feature) => feature, first: "up" },
       { key: "name", name: about.lens ? (labels.size ? "Label or promoted tokens" : "Promotes") : "Label", value: nameOf, first: "up", style: "promotes", shown: about.lens > 0 || labels.size > 0 },
       { key: null, name: "Strongest context", style: "text" },
+      { key: "score", name: "Score", value: (feature) => (Number.isNaN(list.score[feature]) ? -1 : list.score[feature]), style: "number rated", shown: list.score.length > 0, hint: `AUROC of the explanation by ${about.scorer}: 0.5 is chance, 1 is perfect` },
       { key: "density", name: "Active on", value: byNumber(list.fires), style: "number" },
       { key: "max", name: "Max", value: byNumber(list.max), style: "number max" },
       { key: "mean", name: "Mean", value: byNumber(list.mean), style: "number mean" },
@@ -427,10 +345,16 @@
     fill.style.setProperty("--share", share ? Math.max(0.02, 1 + Math.log10(share) / 5) : 0);
     gauge.append(fill);
     density.append(gauge, make("span", share ? "" : "dead", percent(share)));
+    if (list.score.length) row.append(ratedOf(feature));
     row.append(density, make("span", "number max", even(list.max[feature])), make("span", "number mean", even(list.mean[feature])));
     if (list.cosine.length) row.append(make("span", "number similar", list.cosine[feature].toFixed(2)));
     for (const cell of row.children) cell.setAttribute("role", "cell");
     return row;
+  }
+
+  function ratedOf(feature) {
+    const score = list.score[feature];
+    return Number.isNaN(score) ? make("span", "number rated dead", "–") : make("span", "number rated", score.toFixed(2));
   }
 
   function choose(index) {
@@ -461,6 +385,8 @@
     const contexts = make("div");
     drawContexts(contexts, feature, chunk, row);
     const aside = make("aside");
+    const explained = chunk.plain.explained[row];
+    if (explained) aside.append(explanationOf(explained));
     aside.append(histogram(feature, chunk, row));
     if (about.lens) aside.append(lensOf(feature, chunk, row));
     if (about.nearest) aside.append(nearOf(chunk, row));
@@ -601,6 +527,60 @@
     if (text !== null) node.textContent = text;
     return node;
   };
+
+  // What a feature is said to mean, who says so, and how well it holds.
+  function explanationOf(explained) {
+    const section = make("section", "explained");
+    const heading = make("h3", "", "Explanation");
+    heading.append(make("span", "", [explained.style, explained.judge].filter(Boolean).join(" · ")));
+    section.append(heading, make("p", "says", explained.text));
+    if (explained.flagged) section.append(make("p", "aside-note", "The judge did not keep to the form that it was asked for."));
+    if (!explained.scores.length) return section;
+    const table = make("table");
+    const head = make("tr");
+    for (const [name, hint] of [["", ""], ["AUROC", "The chance that a text with the feature scores higher than one without"], ["Balanced", "Mean of the shares of texts with and without the feature that were told right"], ["By strength", "Share of texts with the feature that were recognised, from the weakest tenth of its activations to the strongest"]]) {
+      const cell = make("th", "", name);
+      if (hint) cell.title = hint;
+      head.append(cell);
+    }
+    table.append(head);
+    const figure = (value) => (value === null ? "–" : value.toFixed(2));
+    for (const score of explained.scores) {
+      const line = make("tr");
+      line.append(make("th", "", score.name), make("td", "number", figure(score.auroc)), make("td", "number", figure(score.balanced)));
+      const bars = make("td");
+      if (score.quantiles.length) bars.append(quantilesOf(score));
+      line.append(bars);
+      table.append(line);
+      const more = [];
+      if (score.sources.length > 1) more.push("AUROC by negatives: " + score.sources.map(([source, value]) => `${source} ${figure(value)}`).join(", "));
+      if (score.precision !== null) more.push(`expected precision on plain text ${figure(score.precision)}`);
+      for (const [what, value] of score.notes) more.push(`${what.replaceAll("_", " ")}: ${typeof value === "number" ? digits(value) : value}`);
+      if (score.failed.length) more.push("no answer: " + score.failed.map(([kind, count]) => `${count} ${kind}`).join(", "));
+      if (!more.length) continue;
+      const notes = make("tr");
+      const cell = make("td", "aside-note", more.join(" · "));
+      cell.colSpan = 4;
+      notes.append(cell);
+      table.append(notes);
+    }
+    section.append(table);
+    return section;
+  }
+
+  function quantilesOf(score) {
+    const [wide, tall] = [9, 20];
+    const drawing = svg("svg", { viewBox: `0 0 ${score.quantiles.length * wide} ${tall}`, role: "img", class: "quantiles" });
+    drawing.append(svg("title", {}, `Recognised by ${score.name}, from weak to strong activations`));
+    score.quantiles.forEach((share, index) => {
+      const height = share === null ? 0 : Math.max(1, share * tall);
+      const bar = svg("rect", { class: "bar", x: index * wide + 1, width: wide - 2, y: tall - height, height });
+      bar.append(svg("title", {}, `${index + 1} of ${score.quantiles.length}, weak to strong: ${share === null ? "no text" : Math.round(share * 100) + " % recognised"}`));
+      drawing.append(bar);
+    });
+    drawing.append(svg("line", { class: "axis", x1: 0, x2: score.quantiles.length * wide, y1: tall, y2: tall }));
+    return drawing;
+  }
 
   function histogram(feature, chunk, row) {
     const section = make("section");
@@ -821,32 +801,6 @@
   });
   addEventListener("scroll", () => (byId("tip").hidden = true), true);
 
-  function keep(name, value) {
-    try {
-      localStorage.setItem("apportion-" + name, value);
-    } catch {
-      // A browser may forbid storage for files; the choice then lasts as long as the page.
-    }
-  }
-  function kept(name) {
-    try {
-      return localStorage.getItem("apportion-" + name);
-    } catch {
-      return null;
-    }
-  }
-
-  function setTheme(theme) {
-    if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
-    else delete document.documentElement.dataset.theme;
-    byId("theme").textContent = { light: "☀", dark: "☾" }[theme] ?? "◐";
-    keep("theme", theme);
-  }
-  function nextTheme() {
-    const all = ["system", "light", "dark"];
-    setTheme(all[(all.indexOf(document.documentElement.dataset.theme ?? "system") + 1) % 3]);
-  }
-
   function toSearch() {
     byId("search").focus();
     byId("search").select();
@@ -914,6 +868,7 @@
     promotedWords = about.lens;
     defineColumns();
     if (!list.cosine.length) document.body.classList.add("no-similar");
+    if (list.score.length) document.body.classList.add("scored");
     if (!columns.some((column) => column.key === "name")) byId("head").classList.add("plain");
     let waiting = 0;
     let round = 0;
