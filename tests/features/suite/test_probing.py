@@ -162,3 +162,14 @@ def test_multi_probes_learn_classes_that_can_be_separated():
     weight, bias = fit_multi_probe(x, labels, 3)
 
     assert ((x @ weight.T + bias).argmax(dim=1) == labels).all()
+
+
+@pytest.mark.slow
+def test_scr_and_tpp_run_on_packaged_texts(subject):
+    scr = evaluate_scr(subject, [("numpy", "sklearn")], thresholds=(2, 5), train=8, test=4, context=32)
+    tpp = evaluate_tpp(subject, thresholds=(2,), train=6, test=4, context=32)
+
+    assert set(scr.controls) == set(tpp.controls) == {RANDOM, ACTIVATIONS}
+    assert {"scr_metric_threshold_2", "scr_dir1_threshold_5", "scr_dir2_threshold_5"} <= set(scr.figures)
+    assert tpp.figures["tpp_threshold_2_total_metric"].n == 9
+    assert set(tpp.details["sizes"]) == {"library", "module"}

@@ -127,3 +127,40 @@ def test_every_city_has_every_attribute():
     assert len({city for city, _ in found}) == len(found) > 50
     assert all(set(facts) == set(CITY_PROMPTS) for _, facts in found)
     assert "Rome" not in dict(found)
+
+
+@pytest.fixture
+def own_answers(monkeypatch, lm):
+    """Made-up prompts whose right answer is what the model says, so that it knows them all."""
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(260, 380, (24, 6), generator=draw)
+    with torch.no_grad():
+        targets = lm.model(input_ids=ids).logits[:, -1].argmax(dim=1).tolist()
+    known = [
+        Prompt(
+            ("Country", "Language")[n % 2], f"{n}", tuple(ids[n].tolist()), 5, lm.tokenizer.decode([token]), token, 1
+        )
+        for n, token in enumerate(targets)
+    ]
+    assert len({prompt.answer for prompt in known}) > 4
+    monkeypatch.setattr(ravel, "known_prompts", lambda _: known)
+    return known
+
+
+def test_ravel_runs_from_prompts_to_figures(own_answers, subject):
+    result = evaluate_ravel(subject, pairs=10)
+
+    assert set(result.controls) == {"random dictionary", "activations"}
+    for figures in (result.figures, *result.controls.values()):
+        assert 0 <= figures["cause_score"].value <= 1
+        assert figures["disentanglement_score"].n == 2
+    assert set(result.details["whole_activation"]) == {"Country", "Language"}
+
+
+def test_exchanging_every_dimension_is_exchanging_the_whole_activation(monkeypatch, own_answers, subject):
+    monkeypatch.setattr(ravel, "learned_mask", lambda *args, **_: torch.ones(args[4].shape[1]))
+    result = evaluate_ravel(subject, pairs=10)
+
+    for name, found in result.details["attributes"]["activations"].items():
+        assert found["cause_score"] == result.details["whole_activation"][name]
+        assert found["num_masked"] == 32
