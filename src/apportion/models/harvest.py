@@ -305,7 +305,7 @@ class _Harvest:
         if len(first):
             valid = self._valid_by_place(first)
             activations, gradients = self._captured(first, (0, 0, 0))
-            self._set_medians({site: norms_of(x, site) for site, x in activations.items()}, valid)
+            self._set_medians({site: _norms(x, site) for site, x in activations.items()}, valid)
             self._set_scales(gradients)
 
     def _captured(
@@ -385,7 +385,7 @@ class _Harvest:
         token_ids: Int32[np.ndarray, "contexts time"],
     ) -> np.ndarray:
         (activations, gradients), valid = self._captured(token_ids, where), self._valid_by_place(token_ids)
-        norms = {site: norms_of(x, site) for site, x in activations.items()}
+        norms = {site: _norms(x, site) for site, x in activations.items()}
         if self.manifest["norm_medians"] is None:
             self._set_medians(norms, valid)
             self._set_scales(gradients)
@@ -395,7 +395,7 @@ class _Harvest:
                 valid &= norms[site] <= ratio * self.manifest["norm_medians"][str(site)]
             _put(file, places[str(site)], start, _as_stored(x, dtype))
         for site, gradient in gradients.items():
-            norms_of(gradient, site)
+            _norms(gradient, site)
             kept = torch.from_numpy(valid).to(gradient.device).unsqueeze(-1)
             scaled = gradient.float().where(kept, 0.0) / self.manifest["gradient_scales"][str(site)]
             _put(file, places[gradient_of(site)], start, _as_stored(scaled, dtype))
@@ -519,7 +519,7 @@ def _fingerprint_of_tokenizer(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def norms_of(activations: Tensor, site: Site) -> np.ndarray:
+def _norms(activations: Tensor, site: Site) -> np.ndarray:
     norms = torch.linalg.vector_norm(activations, dim=-1, dtype=torch.float32).cpu().numpy()
     if not np.isfinite(norms).all():
         raise ValueError(

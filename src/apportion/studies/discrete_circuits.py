@@ -252,7 +252,7 @@ def _on_model(size: _Real, seeds: list[int], bench: Workbench) -> tuple[list[Row
         notes.append(said)
     else:
         notes.append(
-            f"Codes, searched: {searched}; the best of six combinations on IOI, a seed of its own. The scale long searches."
+            f"Codes, searched: {searched}; the best of six combinations on IOI, on a seed of its own; `long` searches."
         )
     measured: Measured = defaultdict(lambda: defaultdict(list))
     for task in _TASKS:
