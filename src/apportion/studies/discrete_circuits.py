@@ -8,7 +8,7 @@ prompts that no method sees: the 5 % and the 10 % of heads whose patching change
 All methods see the same prompts. Attribution patching, head importance and mean ablation see the answers too, and go
 through the model backwards or many times; codes, mean difference and norm see outputs alone. At the scale ``long`` the
 number of codes, penalty, position, centring, scaling and score are searched on IOI with a seed of its own; what wins
-there is judged, as one setting, on all tasks and seeds ("codes, searched"). Shorter runs take the best of six
+there is judged, as one setting, on all tasks and seeds ("codes, searched"). Shorter runs take the best of five
 combinations tried before.
 """
 
@@ -251,9 +251,7 @@ def _on_model(size: _Real, seeds: list[int], bench: Workbench) -> tuple[list[Row
         searched, said = trials.searched()
         notes.append(said)
     else:
-        notes.append(
-            f"Codes, searched: {searched}; the best of six combinations on IOI, on a seed of its own; `long` searches."
-        )
+        notes.append(f"Codes, searched: {searched}; the best of five combinations on IOI, a seed of its own.")
     measured: Measured = defaultdict(lambda: defaultdict(list))
     for task in _TASKS:
         for method, figures in trials.of_the_task(task).items():
