@@ -104,13 +104,15 @@ def steer(
         raise InputError(f"{run} does not say which model and site it belongs to: give --model and --site")
     with about("--site"):
         place = Site.parse(site or source["site"])
+    # A transcoder reads at one site and writes at another.
+    written = Site.parse(source["target"]) if source.get("target") else place
     with about("--model" if model else "RUN"):
         lm = load(model or source["model"], source.get("model_dtype", "float32"), device)
 
     edit = steering.in_turn(
         steering.adding(strengths), steering.setting(values), steering.setting(dict.fromkeys(silenced, 0.0))
     )
-    options = {"keep_error": keep_error, "positions": positions, "skip_first": skip_first}
+    options = {"keep_error": keep_error, "positions": positions, "skip_first": skip_first, "output_site": written}
 
     def edited() -> contextlib.AbstractContextManager[None]:
         if strengths and not values and not silenced:
@@ -129,7 +131,7 @@ def steer(
         ]
         if not temperature:
             break  # The likeliest token is the same whatever the seed.
-    features = _features(sae, lm, place, strengths, values, silenced)
+    features = _features(sae, lm, written, strengths, values, silenced)
     divergences = _divergences(lm, prompt, chat, edited)
     if json:
         from apportion.report import ResultRow
