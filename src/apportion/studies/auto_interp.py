@@ -100,7 +100,7 @@ class _Size:
 
 _SIZES: dict[Scale, _Size] = {
     "smoke": _Size(1500, windows=0),
-    "default": _Size(4000, windows=1000, steps=400, latents=60, choices=("quantiles",)),
+    "default": _Size(4000, windows=800, steps=300, latents=50, choices=("quantiles",)),
     "long": _Size(12_000, windows=4000, latents=200),
     "gpu": _Size(12_000, windows=30_000, n_features=1536, steps=4000, latents=500, dtype="bfloat16", device="cuda"),
 }
