@@ -42,7 +42,7 @@ from apportion.models.linear import AttentionAtWork, watch_attention
 from apportion.report import plots
 from apportion.report.tables import ResultRow
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
-from apportion.studies.machine import machine
+from apportion.studies.machine import machine, one_thread
 from apportion.studies.workbench import Workbench
 from apportion.training import TrainingSettings, train
 
@@ -116,11 +116,12 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     circuit, real = _SIZES[scale]
     measured: Measured = defaultdict(lambda: defaultdict(list))
-    for seed in seeds:
-        found = bench.measure(
-            f"induction circuit, seed {seed}", [asdict(circuit), seed], partial(_measure_circuit, circuit, seed)
-        )
-        _take_in(measured, found)
+    with one_thread():
+        for seed in seeds:
+            found = bench.measure(
+                f"induction circuit, seed {seed}", [asdict(circuit), seed], partial(_measure_circuit, circuit, seed)
+            )
+            _take_in(measured, found)
     comparisons, notes = _circuit_claims(measured), _circuit_notes(circuit)
     if real is not None:
         _on_model(real, seeds, bench, measured)

@@ -39,7 +39,7 @@ from apportion.models import LanguageModel, Site, cache_dir, gradient_of, harves
 from apportion.models.activations import StoreView
 from apportion.report import plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
-from apportion.studies.machine import machine
+from apportion.studies.machine import machine, one_thread
 from apportion.studies.workbench import Workbench
 
 CLAIM = (
@@ -136,7 +136,8 @@ _SIZES: dict[Scale, tuple[_Size, ...]] = {
 
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
-    rows, comparisons, notes = _constructed(seeds, bench)
+    with one_thread():
+        rows, comparisons, notes = _constructed(seeds, bench)
     pictures: dict[str, str] = {}
     for size in _SIZES[scale]:
         more = _on_model(size, seeds, bench)

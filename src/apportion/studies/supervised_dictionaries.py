@@ -67,7 +67,7 @@ from apportion.models import LanguageModel, Site, cache_dir, harvest, load, toke
 from apportion.report import plots
 from apportion.report.tables import ResultRow
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
-from apportion.studies.machine import machine
+from apportion.studies.machine import machine, one_thread
 from apportion.studies.occlusion_and_splitting import Toys, on_toys
 from apportion.studies.workbench import Workbench
 
@@ -149,7 +149,8 @@ _SIZES: dict[Scale, _Size] = {
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     size = _SIZES[scale]
-    rows, comparisons, notes = on_toys(size.toys, seeds, bench)
+    with one_thread():
+        rows, comparisons, notes = on_toys(size.toys, seeds, bench)
     pictures: dict[str, str] = {}
     for task in reversed(size.tasks):
         more = _on_task(task, seeds, bench)

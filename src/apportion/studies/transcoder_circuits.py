@@ -29,7 +29,7 @@ from apportion.features.frozen_pass import FrozenPass
 from apportion.features.transcoder_circuits import parts_of
 from apportion.models import LanguageModel, Site, cache_dir, harvest, load
 from apportion.studies.finding import Comparison, Finding, Scale, collect_rows
-from apportion.studies.machine import machine
+from apportion.studies.machine import machine, one_thread
 from apportion.studies.transcoder_toy import Toy, measure_toy
 from apportion.studies.workbench import Workbench
 
@@ -132,7 +132,8 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
         more = _replaced(real, lms[key], seeds, bench, measured)
         comparisons, notes = comparisons + more[0], notes + more[1]
     comparisons += _exactness(size.prompts, seeds, bench, measured)
-    more = _toy(size.toy, seeds, bench, measured)
+    with one_thread():
+        more = _toy(size.toy, seeds, bench, measured)
     return Finding(
         slug="transcoder_circuits",
         claim=CLAIM,
