@@ -1,6 +1,8 @@
-"""The machine that something was measured on, in words."""
+"""The machine that something was measured on, in words, and how much of it a measurement takes."""
 
+import contextlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +20,17 @@ def processor() -> str:
     """The processor's name, as the system gives it."""
     cores = _models()
     return cores[0] if cores else platform.processor() or platform.machine()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch computes in one thread: products that are small only lose by being shared out."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _models() -> list[str]:

@@ -15,7 +15,6 @@ with them, and it is where the figures of the sheet's pilot come out (the seeds 
 truth appear to have been the same); it is shown, not counted.
 """
 
-import contextlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from apportion.models import ActivationStore, LanguageModel, Site, cache_dir, ha
 from apportion.models.activations import StoreView
 from apportion.report import plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
-from apportion.studies.machine import machine
+from apportion.studies.machine import machine, one_thread
 from apportion.studies.workbench import Workbench
 
 CLAIM = (
@@ -133,7 +132,7 @@ _SIZES: dict[Scale, _Size] = {
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     size = _SIZES[scale]
-    with _one_thread():
+    with one_thread():
         rows, comparisons, notes = _on_synthetic(size.synthetic, seeds, bench)
     pictures: dict[str, str] = {}
     for real in size.real:
@@ -155,17 +154,6 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
 
 
 # --- known truth ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Products this small only lose by being shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _synthetic_candidates(size: _Synthetic) -> dict[str, list[Recipe]]:

@@ -67,7 +67,7 @@ from apportion.models import LanguageModel, Site, cache_dir, harvest, load, toke
 from apportion.report import plots
 from apportion.report.tables import ResultRow
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
-from apportion.studies.machine import machine
+from apportion.studies.machine import machine, one_thread
 from apportion.studies.occlusion_and_splitting import Toys, on_toys
 from apportion.studies.workbench import Workbench
 
@@ -448,7 +448,8 @@ class _World:
         )
         if name == _RANDOM:
             return random_dictionary(x, recipe)
-        return fit_on_task(x, recipe, freeze_decoder=name == _FROZEN)
+        with one_thread():
+            return fit_on_task(x, recipe, freeze_decoder=name == _FROZEN)
 
     def _general(self, head: Head) -> Tensor:
         """Outputs of a head on general text, the same for all seeds."""
