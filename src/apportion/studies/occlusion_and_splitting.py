@@ -19,6 +19,7 @@ from apportion.features.occlusion import (
 from apportion.features.supervised_dictionaries import explained_variance
 from apportion.features.task_dictionaries import dense_codes, l1_penalty
 from apportion.studies.finding import Comparison, Row, collect_rows
+from apportion.studies.machine import one_thread
 from apportion.studies.workbench import Workbench
 
 _PENALTIES = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0)
@@ -101,7 +102,8 @@ def _occlusion(size: Toys, ratio: float, seed: int) -> dict[str, float]:
         penalty=l1_penalty(size.penalty, test.x),
         seed=seed + 1,
     )
-    sae, _ = fit_dictionary(recipe, lambda step: source.sample(size.batch_size, step).x, source.d, progress=False)
+    with one_thread():
+        sae, _ = fit_dictionary(recipe, lambda step: source.sample(size.batch_size, step).x, source.d, progress=False)
     figures: dict[str, float] = {}
     for where, drawn in (("", test), (", high one reduced", source.reduced(test, 1 - 1 / ratio))):
         codes = dense_codes(sae, drawn.x)

@@ -449,7 +449,8 @@ class _World:
         )
         if name == _RANDOM:
             return random_dictionary(x, recipe)
-        return fit_on_task(x, recipe, freeze_decoder=name == _FROZEN)
+        with one_thread():
+            return fit_on_task(x, recipe, freeze_decoder=name == _FROZEN)
 
     def _general(self, head: Head) -> Tensor:
         """Outputs of a head on general text, the same for all seeds."""
