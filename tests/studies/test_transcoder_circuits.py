@@ -27,7 +27,7 @@ def test_taking_nothing_away_changes_nothing() -> None:
     model = build(size, seed=0)
     ids, _, _ = draw(size, 1, seed=0)
     expected = model(input_ids=ids).logits[0, -1]
-    torch.testing.assert_close(without(model, ids[0], {}, []), expected)
+    torch.testing.assert_close(without(model, ids[0], {}, [], []), expected)
 
 
 def test_a_linear_map_of_full_rank_is_least_squares() -> None:

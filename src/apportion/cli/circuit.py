@@ -81,8 +81,9 @@ def circuit(
     place = out or runs[0]
     with about("--out" if out else "RUN"):
         check_writable(place)
-    model_name, model_dtype, transcoders = _opened(runs)
-    lm = load(model_name, model_dtype)
+    model_name, _, transcoders = _opened(runs)
+    # Sums of thousands of terms: in bfloat16 they would not come out even.
+    lm = load(model_name, "float32")
     ids = _tokens(lm, prompt)
     token = len(ids) - 1 if at is None else at
     if not 0 <= token < len(ids):

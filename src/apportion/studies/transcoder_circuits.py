@@ -112,7 +112,7 @@ _SIZES: dict[Scale, _Size] = {
         1,
         Toy(steps=30, transcoder_steps=20, prompts=8),
     ),
-    "default": _Size((_DEFAULT,), 3, Toy(prompts=40)),
+    "default": _Size((_DEFAULT,), 3, Toy(steps=300, transcoder_steps=120, prompts=40)),
     "long": _Size((_Real(), _Real(layer=15, text="code"))),
     "gpu": _Size((_ON_GPU,)),
 }
@@ -413,8 +413,8 @@ def _toy(size: Toy, seeds: list[int], bench: Workbench, measured: Measured) -> t
     notes = [
         f"known circuit: two layers of width {size.width} learn (a + b) mod {size.numbers} of two tokens among "
         f"{size.length - 3} distractors; transcoders of both MLPs, {size.n_features} features, budget {size.budget}; "
-        f"{size.prompts} prompts a seed. Each top feature is compared with one of the same layer and token that fires "
-        "as nearly as strongly as there is. Chance of a deciding source is "
+        f"{size.prompts} prompts a seed. Each top feature is compared with another that fires at its layer and token, "
+        "and as much is taken away along either. Chance of a deciding source is "
         f"{2 / (size.length - 1):.2f}."
     ]
     return comparisons, notes

@@ -16,7 +16,7 @@ from apportion.features import Recipe, Transcoder, fit_transcoder
 from apportion.features.circuit_graph import Node
 from apportion.features.transcoder_circuits import greedy_circuit
 from apportion.models import Site, capture
-from apportion.models.splice import splice_from
+from apportion.models.splice import splice
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,10 @@ def measure_toy(size: Toy, seed: int) -> dict[str, float]:
         other = _alike(model, ids[row], found, top, generator)
         pairs = [(a, b) for a, b in zip(top, other, strict=True) if b is not None]
         before = float(logits[row].log_softmax(-1)[answers[row]])
+        # As much is taken away along the others as along the top ones, however strongly the others fire.
+        amounts = [_value(model, ids[row], found, a) for a, _ in pairs]
         for name, chosen in (("top", [a for a, _ in pairs]), ("other", [b for _, b in pairs])):
-            after = without(model, ids[row], found, chosen).log_softmax(-1)[answers[row]]
+            after = without(model, ids[row], found, chosen, amounts).log_softmax(-1)[answers[row]]
             lost[name].append(before - float(after))
             sizes[name] += [_value(model, ids[row], found, node) for node in chosen]
 
@@ -194,22 +196,20 @@ def _alike(
 
 
 @torch.no_grad()
-def without(model: Any, ids: Tensor, found: dict[int, Transcoder], nodes: list[Node]) -> Tensor:
-    """Logits of the last token with what some features write taken out of the MLPs' outputs, errors kept."""
+def without(model: Any, ids: Tensor, found: dict[int, Transcoder], nodes: list[Node], amounts: list[float]) -> Tensor:
+    """Logits of the last token with an amount of some features taken out of the MLPs' outputs, errors kept."""
     import contextlib
 
     def taken_out(layer: int) -> Any:
-        own = [node for node in nodes if node.layer == layer]
-        transcoder = found[layer]
+        own = [(node, amount) for node, amount in zip(nodes, amounts, strict=True) if node.layer == layer]
 
-        def replace(x: Tensor, y: Tensor) -> Tensor:
-            codes, y = transcoder.encode(x[0]).to_dense(), y.clone()
-            for node in own:
-                _, feature = node.place
-                y[0, node.token] -= codes[node.token, feature] * transcoder.decoder_weight[feature]
+        def replace(y: Tensor) -> Tensor:
+            y = y.clone()
+            for node, amount in own:
+                y[0, node.token] -= amount * found[layer].decoder_weight[node.place[1]]
             return y
 
-        return splice_from(model, Site(layer, "mlp_in"), Site(layer, "mlp_out"), replace)
+        return splice(model, Site(layer, "mlp_out"), replace)
 
     with contextlib.ExitStack() as stack:
         for layer in found:
