@@ -33,17 +33,6 @@ def processor() -> str:
     return cores[0] if cores else platform.processor() or platform.machine()
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Within, torch computes in one thread: products that are small only lose by being shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _models() -> list[str]:
     """The name of each core's processor, where Linux lists them."""
     info = Path("/proc/cpuinfo")

@@ -149,8 +149,7 @@ _SIZES: dict[Scale, _Size] = {
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     size = _SIZES[scale]
-    with one_thread():
-        rows, comparisons, notes = on_toys(size.toys, seeds, bench)
+    rows, comparisons, notes = on_toys(size.toys, seeds, bench)
     pictures: dict[str, str] = {}
     for task in reversed(size.tasks):
         more = _on_task(task, seeds, bench)
