@@ -3,15 +3,15 @@
 - **Best match**: for every feature of one the feature of the other with the largest decoder cosine (its mean is the
   mean max cosine similarity of Sharkey et al. 2022). Several features may share a best match: a narrow dictionary's
   feature is often split into many of a wide one's.
-- **One-to-one**: the assignment of largest total |cosine| (Hungarian algorithm; as in Paulo & Belrose 2025, *SAEs
+- **One-to-one**: the assignment of largest total cosine (Hungarian algorithm; as in Paulo & Belrose 2025, *SAEs
   Trained on the Same Data Learn Different Features*, arXiv 2501.16615). Its time grows with the cube of the size; above
   ``hungarian_limit`` features it is replaced by a greedy assignment, which the result says.
 - **Shared**: partners whose cosine reaches ``shared_at`` (default 0.7); the others are unique to their dictionary.
 - **Activations**: for partners, the correlation of their codes and the share of tokens with either on which both fire;
   and for every feature the feature of the other whose code correlates most with its own.
 
-Codes are not negative, so a direction and its opposite are different features: cosines keep their sign, and a pair that
-was assigned with a negative cosine is never shared.
+Codes are not negative, so a direction and its opposite are different features: cosines keep their sign throughout. (By
+the absolute cosine a feature without a like would be given something near its opposite for a partner.)
 """
 
 from collections.abc import Iterable
@@ -109,7 +109,7 @@ def one_to_one(
     hungarian_limit: int = HUNGARIAN_LIMIT,
     chunk: int = 1024,
 ) -> Matching:
-    """Partners for as many features as the smaller dictionary has, by |cosine|.
+    """Partners for as many features as the smaller dictionary has, by cosine.
 
     Args:
         a: one direction a row, of any length.
@@ -125,7 +125,7 @@ def one_to_one(
     is_large = max(len(left), len(right)) > hungarian_limit
     rows, columns = _greedy(left, right, chunk) if is_large else _hungarian(left, right)
     cosine = (left[rows] * right[columns]).sum(dim=1).clamp(-1, 1).cpu().numpy()
-    order = np.argsort(-np.abs(cosine), kind="stable")
+    order = np.argsort(-cosine, kind="stable")
     return Matching(rows[order], columns[order], cosine[order], "greedy" if is_large else "hungarian")
 
 
@@ -144,13 +144,13 @@ def _unit_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def _hungarian(left: Tensor, right: Tensor) -> tuple[np.ndarray, np.ndarray]:
     from scipy.optimize import linear_sum_assignment
 
-    rows, columns = linear_sum_assignment((left @ right.T).abs().cpu().numpy(), maximize=True)
+    rows, columns = linear_sum_assignment((left @ right.T).cpu().numpy(), maximize=True)
     return rows, columns
 
 
 def _greedy(left: Tensor, right: Tensor, chunk: int) -> tuple[np.ndarray, np.ndarray]:
     k = min(_CANDIDATES, len(right))
-    near = [(rows @ right.T).abs().topk(k) for rows in left.split(chunk)]
+    near = [(rows @ right.T).topk(k) for rows in left.split(chunk)]
     likeness = torch.cat([each.values for each in near]).flatten().cpu().numpy()
     columns = torch.cat([each.indices for each in near]).flatten().cpu().numpy()
     rows = np.repeat(np.arange(len(left)), k)

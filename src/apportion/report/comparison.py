@@ -122,7 +122,7 @@ def comparison_figures(data: Comparison) -> list[tuple[str, float, str]]:
     alone_a, alone_b = matching.alone(n_a, n_b)
     how = "the assignment of largest total" if matching.method == "hungarian" else "greedily, the most alike first"
     found: list[tuple[str, float, str]] = [
-        ("pairs", len(matching.a), f"partners by |decoder cosine|, one to one ({how})"),
+        ("pairs", len(matching.a), f"partners by decoder cosine, one to one ({how})"),
         ("shared", matching.shared(), f"pairs whose cosine is at least {SHARED_AT:g}"),
         ("shared_share_a", matching.shared() / n_a, "of the features of the first"),
         ("shared_share_b", matching.shared() / n_b, "of the features of the second"),
