@@ -100,8 +100,8 @@ _SIZES: dict[Scale, _Size] = {
         sources=("the previous layer",),
     ),
     "long": _Size(
-        (1152, 2304, 4608), 600, tokens=400_000, rates=(1e-3, 2e-3, 4e-3), tuned_steps=150, pursued=(30_000, 15_000),
-        grid=(0.0, 0.25, 0.5, 0.75, 1.0), grid_tokens=(20_000, 10_000), on_errors=True,
+        (1152, 2304, 4608), 400, tokens=250_000, rates=(2e-3, 4e-3), tuned_steps=100, pursued=(20_000, 10_000),
+        sources=("the previous layer", "the MLP output"), on_errors=True,
     ),
     "gpu": _Size(
         (2304, 4608, 9216, 18_432, 36_864), 6000, tokens=4_000_000, batch_size=8192, rates=(5e-4, 1e-3, 2e-3),

@@ -89,16 +89,15 @@ class _Size:
 
 _LONG = _Size(
     site="layers.20.residual",
-    tokens=200_000,
+    tokens=80_000,
     n_features=2304,
-    budgets=(16, 32),
-    betas=(0.1, 0.3, 1.0),
-    batch_size=2048,
-    steps=500,
-    rates=(2e-3, 4e-3),
-    contexts=48,
+    budgets=(32,),
+    batch_size=1024,
+    steps=400,
+    rates=(3e-3, 6e-3),
+    contexts=32,
     leaking=(0.3, 1.0, 3.0, 10.0),
-    steered=32,
+    steered=24,
     steered_contexts=2,
 )
 _ON_GPU = replace(
@@ -129,8 +128,8 @@ _SIZES: dict[Scale, tuple[_Size, ...]] = {
         ),
     ),
     "default": (_Size(),),
-    "long": (_LONG, replace(_LONG, site="layers.15.residual", budgets=(16,))),
-    "gpu": (_ON_GPU, replace(_ON_GPU, target="sampled")),
+    "long": (_LONG,),
+    "gpu": (_ON_GPU, replace(_ON_GPU, site="layers.15.residual"), replace(_ON_GPU, target="sampled")),
 }
 
 

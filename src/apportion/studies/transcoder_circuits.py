@@ -57,14 +57,14 @@ class _Real:
 
     layer: int = 9
     text: str = "english"
-    tokens: int = 250_000
+    tokens: int = 160_000
     n_features: int = 4608
-    budgets: tuple[int, ...] = (8, 32)
-    steps: int = 800
+    budgets: tuple[int, ...] = (32,)
+    steps: int = 600
     batch_size: int = 1024
-    tuned_steps: int = 150
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    loss_contexts: int = 64
+    tuned_steps: int = 120
+    rates: tuple[float, ...] = (4e-3, 8e-3)
+    loss_contexts: int = 32
     held_out: float = 0.15
     dtype: str = "auto"
     device: str = "cpu"
@@ -81,7 +81,7 @@ class _Size:
     toy: Toy = field(default_factory=Toy)
 
 
-_DEFAULT = _Real(tokens=40_000, n_features=2304, steps=40, rates=(4e-3,), loss_contexts=16)
+_DEFAULT = _Real(tokens=40_000, n_features=2304, budgets=(8, 32), steps=40, rates=(4e-3,), loss_contexts=16)
 _ON_GPU = _Real(
     layer=15,
     tokens=4_000_000,
@@ -113,7 +113,7 @@ _SIZES: dict[Scale, _Size] = {
         Toy(steps=30, transcoder_steps=20, prompts=8),
     ),
     "default": _Size((_DEFAULT,), 3, Toy(steps=300, transcoder_steps=120, prompts=40)),
-    "long": _Size((_Real(), _Real(layer=15, text="code"))),
+    "long": _Size((_Real(),)),
     "gpu": _Size((_ON_GPU,)),
 }
 
