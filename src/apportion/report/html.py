@@ -21,8 +21,8 @@ from apportion.report.payload import blocks, readable
 if TYPE_CHECKING:
     from jinja2 import Template
 
-# The page beside a report on which features are followed through prompts; `write_explorer` writes it.
-EXPLORER = "explore.html"
+# Pages that other commands write beside a report, which it then links to.
+BESIDE = {"explore.html": "Prompts", "circuit.html": "Circuit", "comparison.html": "Comparison"}
 
 
 def write_report(path: Path | str, data: ReportData) -> Path:
@@ -49,7 +49,7 @@ def write_report(path: Path | str, data: ReportData) -> Path:
         has_explanations=bool(data.explanations),
         has_lens=data.lens is not None,
         version=page_version(),
-        has_explorer=(path.parent / EXPLORER).exists(),
+        beside={page: name for page, name in BESIDE.items() if (path.parent / page).exists()},
         blocks=blocks(data),
     )
     with write_atomically(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
