@@ -101,7 +101,7 @@ _SIZES: dict[Scale, _Size] = {
     ),
     "long": _Size(
         (1152, 2304, 4608), 400, tokens=250_000, rates=(2e-3, 4e-3), tuned_steps=100, pursued=(20_000, 10_000),
-        sources=("the previous layer", "the MLP output"), on_errors=True,
+        sources=("the previous layer",), on_errors=True,
     ),
     "gpu": _Size(
         (2304, 4608, 9216, 18_432, 36_864), 6000, tokens=4_000_000, batch_size=8192, rates=(5e-4, 1e-3, 2e-3),

@@ -115,10 +115,10 @@ class _Real:
     model: str = "smollm2"
     dtype: str = "float32"
     device: str = "cpu"
-    pairs: int = 60
-    label_pairs: int = 32
-    label_pairs_docstring: int = 16
-    attributed_pairs: int = 10
+    pairs: int = 40
+    label_pairs: int = 16
+    label_pairs_docstring: int = 8
+    attributed_pairs: int = 8
     search: bool = True
 
     def labelling(self, task: _Task) -> int:
