@@ -19,6 +19,8 @@ def test_prompts_of_different_lengths_give_what_each_gives_alone(lm: LanguageMod
     prompts = ["a statement", "assignment to names of an object"]
     together = generate(lm, prompts, tokens=6)
     assert together == [generate(lm, [prompt], tokens=6)[0] for prompt in prompts]
+    assert together == lm.generate(prompts, tokens=6)
+    assert together[:1] == lm.generate(prompts[0], tokens=6)
     given = encode_prompts(lm, prompts)
     assert given["attention_mask"].sum(dim=1).tolist()[0] < given["input_ids"].shape[1]
     assert given["attention_mask"][:, -1].tolist() == [1, 1]

@@ -350,7 +350,7 @@ class SparseAutoencoder(nn.Module):
         ::
 
             with dictionary.steer(model, "layers.9.residual", {2301: 8.0}):
-                model.model.generate(**inputs)
+                print(model.generate("I went home and"))
 
         Strengths are in the units of the code. See ``steering.edit_codes`` for ``options`` and errors.
         """

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +142,18 @@ class LanguageModel:
         last = attention_mask.long().sum(dim=1) - 1
         rows = hidden[torch.arange(len(last), device=hidden.device), last]
         return finish_logits(self.model, self.model.get_output_embeddings()(rows).float())
+
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> list[str]:
+        """What the model writes after each prompt, one text for each; splices and steering in force are in force here.
+
+        Args:
+            prompts: one or several.
+            options: ``tokens`` (40), ``temperature`` (0: the likeliest token), ``seed`` (0) and ``chat`` (False); see
+                ``apportion.models.generate.generate``, also for the errors.
+        """
+        from apportion.models.generate import generate
+
+        return generate(self, [prompts] if isinstance(prompts, str) else prompts, **options)
 
     def unembedding(self) -> tuple[Float[Tensor, "vocab d_model"], Callable[[Tensor], Tensor]]:
         """The map from the residual stream to the vocabulary, for the logit lens.
