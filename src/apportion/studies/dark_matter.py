@@ -96,11 +96,11 @@ _SIZES: dict[Scale, _Size] = {
         grid_tokens=(1000, 500),
     ),
     "default": _Size(
-        (576, 1152, 2304), 150, tokens=100_000, batch_size=1024, pursued=(12_000, 6_000), loss_contexts=16,
+        (576, 1152, 2304), 120, tokens=100_000, batch_size=1024, pursued=(6_000, 3_000), loss_contexts=16,
         sources=("the previous layer",),
     ),
     "long": _Size(
-        (1152, 2304, 4608), 400, tokens=250_000, rates=(2e-3, 4e-3), tuned_steps=100, pursued=(20_000, 10_000),
+        (1152, 2304, 4608), 400, tokens=250_000, rates=(2e-3, 4e-3), tuned_steps=100, pursued=(12_000, 6_000),
         sources=("the previous layer",), on_errors=True,
     ),
     "gpu": _Size(
