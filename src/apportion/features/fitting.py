@@ -129,11 +129,11 @@ class DictionaryObjective:
 
     def initialise(self, sae: SparseAutoencoder, batch: Batch) -> None:
         """Prepare the dictionary by a first batch, see ``SparseAutoencoder.initialise_from``."""
-        sae.initialise_from(batch if isinstance(batch, Tensor) else batch[0])
+        sae.initialise_from(_input_of(batch))
 
     def input_and_target(self, sae: SparseAutoencoder, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the encoder sees (``SparseAutoencoder.centred``), and what is to be explained, in scaled units."""
-        x = batch if isinstance(batch, Tensor) else batch[0]
+        x = _input_of(batch)
         return sae.centred(x), x * sae.input_scale
 
     def codes(self, sae: SparseAutoencoder, x: Tensor, batch: Batch, rule: Rule | None) -> Allocation:
@@ -321,7 +321,7 @@ def fit_dictionary(
     optimizer: OptimizerFactory = dictionary_adam(sae, planned)
     hooks: list[Hook[SparseAutoencoder]] = [UnitDecoder()]
     if resampling is not None:
-        hook = ResampleDead(resampling, on_device, recipe.seed)
+        hook = ResampleDead(resampling, lambda step: _input_of(batches(step)).to(device), recipe.seed)
         optimizer = hook.watching(optimizer)
         hooks.append(hook)
         provenance = {**(provenance or {}), "resampling": asdict(resampling)}
@@ -341,6 +341,11 @@ def fit_dictionary(
         return sae, result
     finish_dictionary(sae, recipe, calibration, provenance, device)
     return sae, result
+
+
+def _input_of(batch: Batch) -> Tensor:
+    """What of a batch the dictionary reads."""
+    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def _check_fits(sae: SparseAutoencoder, recipe: Recipe, d_in: int) -> None:
