@@ -27,7 +27,7 @@ def _refused(outcome, *named, code=2):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--rule", "best"), ("rule 'best'", "topk, mutual, feature")),
+        (("--rule", "best"), ("rule 'best'", "topk, mutual, matryoshka")),
         (("--budget", "65"), ("budget=65", "64")),
         (("--features", "3"), ("budget=4", "3")),
         (("--features", "0"), ("features=0", "at least 1")),

@@ -64,7 +64,7 @@ def test_results_are_written_where_docs_says(fake_study, typed, tmp_path):
     ("arguments", "named"),
     [
         (("no_such_study",), "no_such_study"),
-        (("gradient_sae",), "not built"),
+        (("comet",), "not built"),
         (("mutual_feature_choice", "--scale", "huge"), "huge"),
     ],
 )
