@@ -89,15 +89,19 @@ def template(name: str) -> "Template":
 def page_policy(script: str, style: str, may_ask: bool = False) -> str:
     """The Content-Security-Policy of a page that runs this script and this style sheet and nothing else.
 
-    ``may_ask``: whether it may send requests to where it came from.
+    Args:
+        script: of the page; empty where it has none, and none may run.
+        style: its style sheet.
+        may_ask: whether it may send requests to where it came from.
     """
 
     def allowed(text: str) -> str:
         return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
 
+    running = f"script-src {allowed(script)}; " if script else ""
     asking = "connect-src 'self'; " if may_ask else ""
     return (
-        f"default-src 'none'; script-src {allowed(script)}; style-src {allowed(style)}; "
+        f"default-src 'none'; {running}style-src {allowed(style)}; "
         f"{asking}base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
 
