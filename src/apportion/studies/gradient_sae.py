@@ -14,7 +14,7 @@ head reads only some small features, choosing by gradient finds them (with gradi
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from apportion.features.gradient_sae import effects
 from apportion.features.predictions import Change, CleanPredictions
 from apportion.models import LanguageModel, Site, cache_dir, gradient_of, harvest, load, splice
 from apportion.models.activations import StoreView
-from apportion.report import plots
+from apportion.report import ResultRow, plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.workbench import Workbench
@@ -474,18 +474,12 @@ def _claims(
 
 
 def _plot(label: str, conditions: list[_Condition], measured: Measured) -> str:
-    """Fidelity and steering by k, a line for each beta, as SVG text."""
-
-    def points() -> Iterator[tuple[str, plots.ParetoPoint]]:
-        for metric in ("CE increase", "KL", "KL moved by steering"):
-            for each in conditions:
-                row = Row.of(each.name, metric, measured[f"{label}: {each.name}"][metric])
-                series = each.name.split(", ")[1]
-                yield metric, plots.ParetoPoint(series, each.budget, row.mean, quality_stderr=row.stderr or 0.0)
-
-    by_metric: dict[str, list[plots.ParetoPoint]] = defaultdict(list)
-    for metric, point in points():
-        by_metric[metric].append(point)
+    """Fidelity, dead features and steering of every condition, as SVG text."""
+    rows = []
+    for metric in ("CE increase", "KL", "dead", "KL moved by steering"):
+        for each in conditions:
+            row = Row.of(each.name, metric, measured[f"{label}: {each.name}"][metric])
+            rows.append(ResultRow(each.name, metric, row.mean, row.stderr, row.n))
     with tempfile.TemporaryDirectory() as folder:
-        path = plots.trade_offs(Path(folder) / "betas.svg", by_metric, cost="k", title=label)
+        path = plots.bars_with_errors(Path(folder) / "betas.svg", rows, title=label)
         return path.read_text(encoding="utf-8")
