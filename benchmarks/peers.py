@@ -187,12 +187,23 @@ def imported(name: str) -> Any:
         ImportError: it is not installed, or does not work here; says so in a line.
     """
     try:
-        with _hushed():
+        with _hushed(), _torch_as_it_was():
             return importlib.import_module(name)
     except Exception as error:
         # A library that is half compatible may fail with anything at import; it must not end the others' race.
         package = name.partition(".")[0]
         raise ImportError(f"{package} cannot be imported ({type(error).__name__}: {error})") from error
+
+
+@contextlib.contextmanager
+def _torch_as_it_was() -> Iterator[None]:
+    # nnsight, which dictionary_learning imports, replaces Tensor.backward for the whole process by one that parses
+    # the caller's source first: everybody's step would pay for it, and code that has no Python source would fail.
+    backward = Tensor.backward
+    try:
+        yield
+    finally:
+        Tensor.backward = backward  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

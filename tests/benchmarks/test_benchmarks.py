@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import benchmarks.all  # noqa: F401  fills the registry
 from apportion.errors import InputError
@@ -90,6 +91,7 @@ def test_peers_that_are_present_learn(peer: contenders.Contender) -> None:
     weights = [place for place, parameter in enumerate(step.parameters) if parameter.ndim == 2]
     assert len(weights) == 2
     assert all(moved[place] for place in weights)
+    assert torch.Tensor.backward.__code__.co_filename.endswith("_tensor.py"), "the peer's import has changed torch for everybody"
 
 
 def test_a_peer_whose_step_fails_is_left_out_with_a_reason() -> None:
