@@ -91,7 +91,7 @@ def test_peers_that_are_present_learn(peer: contenders.Contender) -> None:
     weights = [place for place, parameter in enumerate(step.parameters) if parameter.ndim == 2]
     assert len(weights) == 2
     assert all(moved[place] for place in weights)
-    assert torch.Tensor.backward.__code__.co_filename.endswith("_tensor.py"), "the peer's import has changed torch for everybody"
+    assert torch.Tensor.backward.__code__.co_filename.endswith("_tensor.py"), "its import changed torch for all"
 
 
 def test_a_peer_whose_step_fails_is_left_out_with_a_reason() -> None:
