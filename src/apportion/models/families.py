@@ -117,6 +117,24 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
     return blocks
 
 
+def stack_of(model: nn.Module) -> nn.Module:
+    """The module that holds the list of blocks and runs them: it is what is handed a key-value cache."""
+    parent = layout_of(model).blocks.rpartition(".")[0]
+    return find_module(base_of(model), parent) or base_of(model)
+
+
+def attention_of(block: nn.Module) -> nn.Module:
+    """The module of a block that transformers hands to its attention functions: it knows which layer it is.
+
+    Raises:
+        InputError: there is none.
+    """
+    for each in block.modules():
+        if hasattr(each, "layer_idx") and "attention" in type(each).__name__.lower():
+            return each
+    raise InputError(f"{type(block).__name__} has no attention module that apportion knows")
+
+
 def final_norm_of(model: nn.Module) -> nn.Module:
     """What a causal model applies between its last block and its head: a norm, or nothing (OPT-350M)."""
     return find_module(base_of(model), layout_of(model).final_norm) or nn.Identity()

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion.errors import InputError
-from apportion.models.families import blocks_of, transformer_of
+from apportion.models.families import attention_of, blocks_of, transformer_of
 from apportion.models.site import Site
 from apportion.models.splice import splice
 
@@ -242,7 +242,7 @@ class BareNorm(nn.Module):
 def watched(model: Any, freeze: bool, graph: bool = False) -> Iterator[dict[int, AttentionAtWork]]:
     """What `watch_attention` and `linearised` do with attention: see it, freeze its patterns, keep its graph."""
     _register()
-    modules = [_attention_of(block) for block in blocks_of(model)]
+    modules = [attention_of(block) for block in blocks_of(model)]
     watch = _Watch({id(module): layer for layer, module in enumerate(modules)}, freeze, graph)
     config = model.config
     before = config._attn_implementation
@@ -255,14 +255,6 @@ def watched(model: Any, freeze: bool, graph: bool = False) -> Iterator[dict[int,
     finally:
         _watches.remove(watch)
         model.set_attn_implementation(before)
-
-
-def _attention_of(block: nn.Module) -> nn.Module:
-    """The module that transformers hands to its attention functions: it knows which layer it is."""
-    for each in block.modules():
-        if hasattr(each, "layer_idx") and "attention" in type(each).__name__.lower():
-            return each
-    raise InputError(f"{type(block).__name__} has no attention module that apportion knows")
 
 
 def _register() -> None:

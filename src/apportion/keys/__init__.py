@@ -1,0 +1,31 @@
+"""The keys room: which keys a query reads, and what is stored of them.
+
+Every method is a point on three axes: a `Selector` says which tokens a query reads, a `Store` says what is kept of a
+token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod` puts them into a decoder::
+
+    with DoubleSparsity(budget=KeyBudget(share=1 / 16)).fit(lm, texts)(lm):
+        lm.generate(prompt)
+"""
+
+from apportion.keys.budget import KeyBudget, Usage
+from apportion.keys.memory import ComposedMemory
+from apportion.keys.method import KeyMethod, OpenMethod, read_method
+from apportion.keys.selectors import KeySelection, Selector
+from apportion.keys.stores import ExactStore, Store
+from apportion.keys.trace import Trace, compare_on_trace, record_trace
+
+__all__ = [
+    "ComposedMemory",
+    "ExactStore",
+    "KeyBudget",
+    "KeyMethod",
+    "KeySelection",
+    "OpenMethod",
+    "Selector",
+    "Store",
+    "Trace",
+    "Usage",
+    "compare_on_trace",
+    "read_method",
+    "record_trace",
+]

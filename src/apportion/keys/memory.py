@@ -1,0 +1,117 @@
+"""A layer's memory made of a store and a selector."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from apportion.errors import InputError
+from apportion.keys.budget import Usage
+from apportion.keys.selectors import KeySelection, Selector
+from apportion.keys.stores import ExactStore, Store
+from apportion.models.key_door import LayerFacts, LayerMemory, Step
+from apportion.ops.attend import attend, attend_selected
+
+
+class ComposedMemory(LayerMemory):
+    """What a store keeps, read as a selector says.
+
+    Until the memory is closed, queries read everything exactly: the prompt's own attention is dense. It closes by
+    itself when the first single token comes, or when `close` is called; from then on stores compress and selectors
+    choose, also for a later turn of several tokens.
+
+    Args:
+        facts: the layer.
+        store: None for an exact one.
+        selector: None to read everything.
+        prompt: ``dense``, or ``selected`` to let the selector choose for the prompt's queries too (how perplexity under
+            a selection is measured in one pass).
+    """
+
+    def __init__(
+        self, facts: LayerFacts, store: Store | None = None, selector: Selector | None = None, prompt: str = "dense"
+    ) -> None:
+        if prompt not in ("dense", "selected"):
+            raise InputError(f"prompt={prompt!r}: dense or selected")
+        self.facts, self.prompt = facts, prompt
+        self.store = ExactStore() if store is None else store
+        self.selector = selector
+        self.usage = Usage()
+        self.newest_selection: KeySelection | None = None
+        self._seen, self._batch, self._padded = 0, 1, False
+
+    @override
+    @property
+    def seen(self) -> int:
+        return self._seen
+
+    @override
+    @property
+    def batch(self) -> int:
+        return self._batch
+
+    @override
+    def close(self) -> None:
+        if not self.store.closed:
+            self.store.close()
+            if self.selector is not None:
+                self.selector.close(self.store)
+
+    @override
+    def attend(self, step: Step) -> Float[Tensor, "batch heads new value_width"]:
+        if step.new == 1 and self._seen:
+            self.close()
+        self._batch = len(step.keys)
+        self._padded = self._padded or not bool(step.real.all())
+        self._seen += step.new
+        self.store.append(step)
+        if self.selector is not None:
+            self.selector.extend(step, self.store)
+        chooses = self.selector is not None and (self.store.closed or self.prompt == "selected")
+        selection = self.selector.select(step, self.store) if chooses else None  # type: ignore[union-attr]
+        self.newest_selection = selection
+        queries = self.store.queries(step.queries)
+        if selection is None:
+            keys, values = self.store.read()
+            real = self.store.real if self._padded else None
+            mixed = attend(queries, keys, values, step.scaling, step.softcap, real)
+        elif step.new == 1 and selection.indices.shape[1] == self.facts.groups:
+            # All heads of a key-value head read one list: a store reads, and rebuilds, nothing else.
+            keys, values = self.store.read(selection.indices[:, :, 0])
+            tokens = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
+            mixed = attend_selected(queries, keys, values, tokens, selection.kept, step.scaling, step.softcap)
+        else:
+            keys, values = self.store.read()
+            chosen = (selection.indices, selection.kept)
+            mixed = attend_selected(queries, keys, values, *chosen, step.scaling, step.softcap)
+        self._account(step, selection)
+        return self.store.outputs(mixed)
+
+    @override
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        self._batch = len(rows)
+        self.store.pick_rows(rows)
+        if self.selector is not None:
+            self.selector.pick_rows(rows)
+
+    def _account(self, step: Step, selection: KeySelection | None) -> None:
+        plain = 2 * self._seen * step.keys.shape[0] * step.keys.shape[1] * step.keys.shape[3] * step.keys.element_size()
+        self.usage.bytes_held_dense = plain
+        self.usage.bytes_held = self.store.bytes_held() + (self.selector.bytes_held() if self.selector else 0)
+        if not self.store.closed:
+            return
+        batch, heads = step.queries.shape[:2]
+        there = batch * heads * step.new * self._seen
+        self.usage.steps += 1
+        self.usage.queries += batch * heads * step.new
+        self.usage.keys_there += there
+        self.usage.bytes_dense += plain
+        if selection is not None and self.selector is not None:
+            kept = int(selection.kept.sum())
+            self.usage.keys_read += kept * (heads // selection.indices.shape[1])
+            # A list is read once, whether it is one head's or all of a key-value head's.
+            self.usage.bytes_read += self.store.bytes_of(1) * kept // self.facts.groups
+            self.usage.bytes_read += self.selector.bytes_scanned()
+        else:
+            self.usage.keys_read += batch * heads * step.new * self.store.length
+            self.usage.bytes_read += batch * self.store.bytes_of(self.store.length)

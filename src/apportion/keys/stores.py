@@ -1,0 +1,226 @@
+"""What is stored of a token: the second axis of a key method, called `Store` here and compressor elsewhere.
+
+A store is exact until it is closed (the prompt is complete), since prefill attention reads exact keys and values; then
+it keeps what its method keeps. It serves one layer.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from apportion.models.key_door import Rotation, Step
+
+
+class Growing:
+    """A tensor that grows along one dimension, without copying all of it every time.
+
+    Args:
+        dim: the dimension of the tokens.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self.length = 0
+        self._room: Tensor | None = None
+
+    def append(self, newest: Tensor) -> None:
+        """Add some tokens at the end."""
+        length = self.length + newest.shape[self.dim]
+        if self._room is None:
+            self._room = newest
+        elif newest.requires_grad or self._room.requires_grad:
+            self._room = torch.cat([self.view, newest], dim=self.dim)
+        else:
+            if length > self._room.shape[self.dim]:
+                shape = list(self._room.shape)
+                shape[self.dim] = max(length, 64 + self.length * 5 // 4)
+                room = self._room.new_empty(shape)
+                room.narrow(self.dim, 0, self.length).copy_(self.view)
+                self._room = room
+            self._room.narrow(self.dim, self.length, newest.shape[self.dim]).copy_(newest)
+        self.length = length
+
+    @property
+    def view(self) -> Tensor:
+        """All tokens so far; a view that the next `append` leaves valid."""
+        assert self._room is not None, "nothing was appended yet"
+        return self._room.narrow(self.dim, 0, self.length)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Have this content instead."""
+        self._room, self.length = tensor, tensor.shape[self.dim]
+
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep these rows of the batch, in this order."""
+        if self._room is not None:
+            self.keep(self.view[rows.to(self._room.device)])
+
+    def forget_newest(self, count: int) -> None:
+        """Drop tokens from the end."""
+        # A copy, since the next tokens will be written over the dropped ones, which somebody may still look at.
+        self.keep(self.view.narrow(self.dim, 0, self.length - count).clone())
+
+    @property
+    def bytes(self) -> int:
+        """Of the tokens so far; room kept for later ones is not counted."""
+        return 0 if self._room is None else self.view.numel() * self._room.element_size()
+
+
+class Store(ABC):
+    """What one layer keeps of its tokens.
+
+    Keys and queries may be stored and compared in a space of the store's own: `queries` takes a query there, and
+    `outputs` brings a mix of stored values back. Tokens are numbered from 0 as they came; a store that evicts numbers
+    what is left.
+    """
+
+    closed = False
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """How many tokens can be read."""
+
+    @abstractmethod
+    def append(self, step: Step) -> None:
+        """Take in the newest tokens."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The prompt is complete: keep what the method keeps."""
+
+    @abstractmethod
+    def read(
+        self, tokens: Int[Tensor, "batch groups kept"] | None = None
+    ) -> tuple[Float[Tensor, "batch groups kept key_width"], Float[Tensor, "batch groups kept value_width"]]:
+        """Keys, rotated, and values of some tokens of each key-value head, or of all."""
+
+    @property
+    @abstractmethod
+    def real(self) -> Bool[Tensor, "batch tokens"]:
+        """Which of the readable tokens are no padding."""
+
+    @abstractmethod
+    def bytes_held(self) -> int:
+        """What the stored content occupies."""
+
+    @abstractmethod
+    def bytes_of(self, tokens: int) -> int:
+        """What reading that many tokens of every key-value head of one row touches."""
+
+    @abstractmethod
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep these rows of the batch, in this order."""
+
+    def queries(self, queries: Float[Tensor, "batch heads new width"]) -> Float[Tensor, "batch heads new key_width"]:
+        """The queries in the space of the stored keys."""
+        return queries
+
+    def outputs(self, mixed: Float[Tensor, "batch heads new value_width"]) -> Float[Tensor, "batch heads new width"]:
+        """A mix of stored values in the space of the model's values."""
+        return mixed
+
+
+class ExactStore(Store):
+    """Every key and value as it came: a plain cache."""
+
+    def __init__(self) -> None:
+        self.keys, self.values, self._real = Growing(2), Growing(2), Growing(1)
+
+    @override
+    @property
+    def length(self) -> int:
+        return self.keys.length
+
+    @override
+    def append(self, step: Step) -> None:
+        self.keys.append(step.keys)
+        self.values.append(step.values)
+        self._real.append(step.real)
+
+    @override
+    def close(self) -> None:
+        self.closed = True
+
+    @override
+    def read(
+        self, tokens: Int[Tensor, "batch groups kept"] | None = None
+    ) -> tuple[Float[Tensor, "batch groups kept key_width"], Float[Tensor, "batch groups kept value_width"]]:
+        keys, values = self.keys.view, self.values.view
+        if tokens is None:
+            return keys, values
+        return gather_tokens(keys, tokens), gather_tokens(values, tokens)
+
+    @override
+    @property
+    def real(self) -> Bool[Tensor, "batch tokens"]:
+        return self._real.view
+
+    @override
+    def bytes_held(self) -> int:
+        return self.keys.bytes + self.values.bytes
+
+    @override
+    def bytes_of(self, tokens: int) -> int:
+        return sum(
+            each.view.shape[1] * each.view.shape[3] * each.view.element_size() * tokens
+            for each in (self.keys, self.values)
+        )
+
+    @override
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        for each in (self.keys, self.values, self._real):
+            each.pick_rows(rows)
+
+    def keep_tokens(self, tokens: Int[Tensor, "batch groups kept"], real: Bool[Tensor, "batch kept"]) -> None:
+        """Evict all but some tokens of each key-value head, oldest first; ``real``: which of them are no padding."""
+        keys, values = self.read(tokens)
+        self.keys.keep(keys)
+        self.values.keep(values)
+        self._real.keep(real)
+
+
+class Rotations:
+    """The rotary embedding of all tokens so far, for stores that keep keys as they were before it.
+
+    It is counted as held by the layer that keeps it: a model rotates all layers of a kind alike, and one copy would do.
+    """
+
+    def __init__(self) -> None:
+        self.all: Rotation | None = None
+
+    def append(self, rotation: Rotation | None) -> None:
+        """Add those of the newest tokens; a model without rotary embedding has none."""
+        if rotation is not None:
+            self.all = rotation if self.all is None else self.all.then(rotation)
+
+    def apply(
+        self, keys: Float[Tensor, "batch groups kept width"], tokens: Int[Tensor, "batch groups kept"] | None = None
+    ) -> Float[Tensor, "batch groups kept width"]:
+        """Rotate unrotated keys of all tokens, or of some of each key-value head, by their own positions."""
+        if self.all is None:
+            return keys
+        if tokens is None:
+            return self.all.apply(keys)
+        batch, groups, kept, width = keys.shape
+        rotation = self.all
+        if len(rotation.cos) == 1:
+            rotation = Rotation(rotation.cos.expand(batch, -1, -1), rotation.sin.expand(batch, -1, -1))
+        flat = tokens.reshape(batch, groups * kept)
+        turned = rotation.at(flat).apply(keys.reshape(batch, 1, groups * kept, width))
+        return turned.view(batch, groups, kept, width)
+
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep these rows of the batch, in this order."""
+        if self.all is not None:
+            self.all = self.all.rows(rows)
+
+
+def gather_tokens(
+    stored: Float[Tensor, "batch groups tokens width"], tokens: Int[Tensor, "batch groups kept"]
+) -> Float[Tensor, "batch groups kept width"]:
+    """Some tokens of each key-value head."""
+    return stored.gather(2, tokens[..., None].expand(-1, -1, -1, stored.shape[-1]))
