@@ -1,8 +1,7 @@
 """The axes every key method is composed of: selections, budgets, stores, and their accounts."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from apportion.keys import (
     ComposedMemory,
     ExactStore,
     KeyBudget,
-    KeyMethod,
     KeySelection,
     compare_on_trace,
     record_trace,
@@ -21,8 +19,9 @@ from apportion.keys.selectors import Oracle, RandomKeys, SinksAndRecent, TopKeys
 from apportion.keys.stores import Growing
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import load
-from apportion.models.key_door import LayerFacts, LayerMemory
+from apportion.models.key_door import LayerFacts
 from apportion.ops.attend import attend, attend_selected, causal, reference
+from key_methods import Keeps, NeedsFit
 
 SELECTORS = {
     "oracle": Oracle,
@@ -32,28 +31,6 @@ SELECTORS = {
     "sinks and recent": SinksAndRecent,
     "random": RandomKeys,
 }
-
-
-@dataclasses.dataclass(eq=False)
-class Keeps(KeyMethod):
-    """A method for these tests: the oracle's keys."""
-
-    slug: ClassVar[str] = "keeps_for_tests"
-    budget: KeyBudget = dataclasses.field(default_factory=lambda: KeyBudget(keys=4))
-
-    def memory(self, facts: LayerFacts) -> LayerMemory:
-        return ComposedMemory(facts, selector=Oracle(self.budget))
-
-
-@dataclasses.dataclass(eq=False)
-class NeedsFit(Keeps):
-    slug: ClassVar[str] = "needs_fit_for_tests"
-    needs_fit: ClassVar[bool] = True
-
-    def fit(self, model: Any, texts: Any, **options: Any) -> "NeedsFit":
-        self.fitted = {"layer.0.basis": torch.eye(3), "layer.10.basis": torch.zeros(2)}
-        self.fitted_to = model.fingerprint
-        return self
 
 
 @pytest.mark.parametrize("padding", [0, 3])

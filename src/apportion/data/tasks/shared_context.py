@@ -1,0 +1,158 @@
+"""Tasks in which several questions share one context: needles in prose.
+
+Further tasks of the kind are in the same form: a context, and turns of a question and its answer, all plain text whose
+parts are joined as they are. The sentence that a question repeats up to its answer is what an induction head completes,
+which even small models do.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from apportion.errors import InputError
+
+KEYS = [
+    "apple",
+    "anchor",
+    "basket",
+    "candle",
+    "castle",
+    "cherry",
+    "circle",
+    "copper",
+    "cotton",
+    "dragon",
+    "engine",
+    "falcon",
+    "feather",
+    "forest",
+    "garden",
+    "ginger",
+    "hammer",
+    "harbor",
+    "helmet",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "lantern",
+    "lemon",
+    "magnet",
+    "marble",
+    "meadow",
+    "mirror",
+    "needle",
+    "nickel",
+    "ocean",
+    "orange",
+    "orchid",
+    "paddle",
+    "pebble",
+    "pencil",
+    "pepper",
+    "pillow",
+    "planet",
+    "pocket",
+    "rabbit",
+    "ribbon",
+    "saddle",
+    "salmon",
+    "shadow",
+    "silver",
+    "spider",
+    "sponge",
+    "square",
+    "summer",
+    "sunset",
+    "tablet",
+    "temple",
+    "ticket",
+    "timber",
+    "tunnel",
+    "turtle",
+    "velvet",
+    "violin",
+    "walnut",
+    "window",
+    "winter",
+    "yellow",
+]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question about a context, and the answer that is right.
+
+    Attributes:
+        question: what follows the context or the turn before, including the space or line break before the answer's
+            place where there is one.
+        answer: what follows the question; begins with a space where the model's next token would.
+    """
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SharedContext:
+    """A context and the turns about it, in order.
+
+    Attributes:
+        context: what all turns share.
+        turns: at least one.
+    """
+
+    context: str
+    turns: tuple[Turn, ...]
+
+
+def needles(
+    count: int, *, filler: Sequence[str], words: int = 600, keys: int = 4, turns: int = 1, seed: int = 0
+) -> list[SharedContext]:
+    """Contexts of prose with "The special magic number for KEY is NUMBER." in several places; turns ask for numbers.
+
+    Args:
+        count: how many contexts.
+        filler: texts to take the prose from; each context begins somewhere else in them.
+        words: of prose in each, roughly.
+        keys: needles in each.
+        turns: questions about each, all for different keys.
+        seed: of the draws.
+
+    Raises:
+        InputError: more turns than keys or more keys than there are words for them; too little prose.
+    """
+    if not 1 <= turns <= keys <= len(KEYS):
+        raise InputError(f"turns={turns}, keys={keys}: 1 <= turns <= keys <= {len(KEYS)}")
+    prose = " ".join(" ".join(text.split()) for text in filler).split(" ")
+    if len(prose) < words:
+        raise InputError(f"words={words}: the filler has {len(prose)}; give more texts")
+    draws = random.Random(seed)
+    made = []
+    for _ in range(count):
+        start = draws.randrange(len(prose) - words + 1)
+        sentences = _sentences(prose[start : start + words])
+        chosen = draws.sample(KEYS, keys)
+        numbers = [str(number) for number in draws.sample(range(1000, 10000), keys)]
+        for key, number in zip(chosen, numbers, strict=True):
+            # Not at the very end, where every method reads.
+            place = draws.randrange(max(1, len(sentences) * 9 // 10))
+            sentences.insert(place, f"The special magic number for {key} is {number}.")
+        asked = draws.sample(range(keys), turns)
+        pairs = [Turn(f" The special magic number for {chosen[which]} is", f" {numbers[which]}") for which in asked]
+        made.append(SharedContext(" ".join(sentences), tuple(pairs)))
+    return made
+
+
+def _sentences(words: Sequence[str]) -> list[str]:
+    """Words joined up to each full stop; the last sentence is given one if it has none."""
+    sentences: list[str] = []
+    current: list[str] = []
+    for word in words:
+        current.append(word)
+        if word.endswith((".", "!", "?")):
+            sentences.append(" ".join(current))
+            current = []
+    if current:
+        sentences.append(" ".join(current) + ".")
+    return sentences

@@ -1,0 +1,32 @@
+"""Key methods for the tests of what all methods share."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+
+from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys.selectors import Oracle
+from apportion.models.key_door import LayerFacts, LayerMemory
+
+
+@dataclasses.dataclass(eq=False)
+class Keeps(KeyMethod):
+    """A method for these tests: the oracle's keys."""
+
+    slug: ClassVar[str] = "keeps_for_tests"
+    budget: KeyBudget = dataclasses.field(default_factory=lambda: KeyBudget(keys=4))
+
+    def memory(self, facts: LayerFacts) -> LayerMemory:
+        return ComposedMemory(facts, selector=Oracle(self.budget))
+
+
+@dataclasses.dataclass(eq=False)
+class NeedsFit(Keeps):
+    slug: ClassVar[str] = "needs_fit_for_tests"
+    needs_fit: ClassVar[bool] = True
+
+    def fit(self, model: Any, texts: Any, **options: Any) -> "NeedsFit":
+        self.fitted = {"layer.0.basis": torch.eye(3), "layer.10.basis": torch.zeros(2)}
+        self.fitted_to = model.fingerprint
+        return self
