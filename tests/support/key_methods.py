@@ -1,6 +1,7 @@
 """Key methods for the tests of what all methods share."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -30,3 +31,9 @@ class NeedsFit(Keeps):
         self.fitted = {"layer.0.basis": torch.eye(3), "layer.10.basis": torch.zeros(2)}
         self.fitted_to = model.fingerprint
         return self
+
+
+# Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
+EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
+    "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
+}
