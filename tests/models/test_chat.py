@@ -9,7 +9,7 @@ import torch
 
 from apportion.errors import InputError
 from apportion.models import LanguageModel, load
-from apportion.models.chat import CallableChat, ChatError, ChatModel, Generation, ReplayChat
+from apportion.models.chat import CallableChat, ChatError, ChatModel, Generation, ReplayChat, SamplingParams
 from apportion.models.chat_server import ChatServer
 from apportion.models.local_chat import LocalChat
 from benchmarks.mock_judge import mock_judge
@@ -35,7 +35,7 @@ def test_all_are_chat_models(local, tmp_path):
 
 
 def test_a_local_model_says_what_the_likeliest_tokens_are(local, lm):
-    said = local.generate(ASKED, max_tokens=5, top_logprobs=3)
+    said = local.generate(ASKED, SamplingParams(max_tokens=5, top_logprobs=3))
 
     ids = torch.tensor([lm.tokenizer(local.prompt(ASKED))["input_ids"]])
     for token, top in zip(said.tokens, said.top_logprobs, strict=True):
@@ -50,11 +50,11 @@ def test_a_local_model_says_what_the_likeliest_tokens_are(local, lm):
 
 def test_answers_do_not_depend_on_who_else_asks(local):
     questions = [[{"role": "user", "content": "word " * n}] for n in range(1, 9)]
-    alone = [local.generate(question, max_tokens=6) for question in questions]
+    alone = [local.generate(question, SamplingParams(max_tokens=6)) for question in questions]
     together: dict[int, Generation] = {}
 
     def ask(number: int) -> None:
-        together[number] = local.generate(questions[number], max_tokens=6)
+        together[number] = local.generate(questions[number], SamplingParams(max_tokens=6))
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(questions))]
     for thread in threads:
@@ -66,15 +66,17 @@ def test_answers_do_not_depend_on_who_else_asks(local):
 
 def test_a_question_that_is_too_long_does_not_take_the_others_with_it(local):
     with pytest.raises(ChatError, match="takes 256") as failed:
-        local.generate([{"role": "user", "content": "long " * 500}], max_tokens=5)
+        local.generate([{"role": "user", "content": "long " * 500}], SamplingParams(max_tokens=5))
     assert failed.value.kind == "too long"
     assert not failed.value.passing
-    assert local.generate(ASKED, max_tokens=2).completion_tokens == 2
+    assert local.generate(ASKED, SamplingParams(max_tokens=2)).completion_tokens == 2
 
 
 def test_sampling_repeats_itself_under_a_seed_and_leaves_the_global_random_state_alone(local):
     state = torch.get_rng_state()
-    first, again, other = (local.generate(ASKED, max_tokens=12, temperature=1.0, seed=seed).text for seed in (1, 1, 2))
+    first, again, other = (
+        local.generate(ASKED, SamplingParams(max_tokens=12, temperature=1.0, seed=seed)).text for seed in (1, 1, 2)
+    )
     assert first == again != other
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -114,15 +116,15 @@ def test_answers_are_recorded_and_repeated_without_anybody_to_ask(tmp_path):
         return f"answer {len(asked)}"
 
     recording = ReplayChat(tmp_path / "answers.jsonl", CallableChat(answer, "someone"))
-    first = recording.generate(ASKED, max_tokens=5)
-    assert recording.generate(ASKED, max_tokens=5) == first
+    first = recording.generate(ASKED, SamplingParams(max_tokens=5))
+    assert recording.generate(ASKED, SamplingParams(max_tokens=5)) == first
     assert len(asked) == 1
 
     replay = ReplayChat(tmp_path / "answers.jsonl")
-    assert replay.generate(ASKED, max_tokens=5) == first
+    assert replay.generate(ASKED, SamplingParams(max_tokens=5)) == first
     assert replay.name == "someone"
     with pytest.raises(ChatError, match="holds no answer"):
-        replay.generate(ASKED, max_tokens=6)
+        replay.generate(ASKED, SamplingParams(max_tokens=6))
 
 
 def test_damaged_and_missing_records_are_named(tmp_path):
@@ -136,7 +138,7 @@ def test_damaged_and_missing_records_are_named(tmp_path):
 def test_a_server_answers_like_any_other(tmp_path):
     with mock_judge() as judge:
         chat = ChatServer("mock", judge.url)
-        said = chat.generate(ASKED, max_tokens=20)
+        said = chat.generate(ASKED, SamplingParams(max_tokens=20))
     assert said.text == "[EXPLANATION]: texts with the word f7x"
     assert said.prompt_tokens > 0
     assert said.completion_tokens == 12
@@ -158,17 +160,17 @@ def test_what_a_server_does_wrong_has_a_name_and_another_attempt_mends_it(fault,
     with mock_judge({fault: 1.0}) as judge:
         once = ChatServer("mock", judge.url, retries=0, timeout=0.3)
         with pytest.raises(ChatError) as failed:
-            once.generate(ASKED, max_tokens=20)
+            once.generate(ASKED, SamplingParams(max_tokens=20))
         assert failed.value.kind == kind
         assert failed.value.passing == passing
     with mock_judge({fault: 1.0}) as judge:
         again = ChatServer("mock", judge.url, retries=1, timeout=0.3)
-        assert "f7x" in again.generate(ASKED, max_tokens=20).text
+        assert "f7x" in again.generate(ASKED, SamplingParams(max_tokens=20)).text
 
 
 def test_a_server_that_is_not_there_is_unreachable():
     with pytest.raises(ChatError, match="cannot be reached") as failed:
-        ChatServer("mock", "http://127.0.0.1:9/v1", retries=0).generate(ASKED, max_tokens=5)
+        ChatServer("mock", "http://127.0.0.1:9/v1", retries=0).generate(ASKED, SamplingParams(max_tokens=5))
     assert failed.value.kind == "unreachable"
 
 
@@ -185,8 +187,8 @@ def test_generations_survive_json():
 
 
 def test_a_local_model_stops_where_it_is_told_to(local):
-    whole = local.generate(ASKED, max_tokens=8).text
+    whole = local.generate(ASKED, SamplingParams(max_tokens=8)).text
     stop = whole[len(whole) // 2]
-    said = local.generate(ASKED, max_tokens=8, stop=stop)
+    said = local.generate(ASKED, SamplingParams(max_tokens=8, stop=stop))
     assert said.text == whole.split(stop)[0]
     assert said.finish_reason == "stop"

@@ -2,7 +2,7 @@
 
 from apportion.models.activations import ActivationStore, StoreView, gradient_of
 from apportion.models.capture import capture
-from apportion.models.chat import CallableChat, ChatModel, ReplayChat
+from apportion.models.chat import CallableChat, ChatModel, ReplayChat, SamplingParams
 from apportion.models.chat_server import ChatServer
 from apportion.models.gradients import capture_with_gradients, capture_with_loss_gradients
 from apportion.models.harvest import harvest, join_parts
@@ -25,6 +25,7 @@ __all__ = [
     "LanguageModel",
     "LocalChat",
     "ReplayChat",
+    "SamplingParams",
     "SentenceEncoder",
     "Site",
     "StoreView",

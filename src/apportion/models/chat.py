@@ -70,6 +70,25 @@ class Generation:
         return cls(**{**content, "tokens": tuple(content["tokens"]), "top_logprobs": tuple(content["top_logprobs"])})
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How an answer is to be written.
+
+    Attributes:
+        max_tokens: of the answer.
+        temperature: 0 always takes the likeliest token.
+        stop: the answer ends before this text.
+        seed: of the draws; None leaves them to the model.
+        top_logprobs: how many of the likeliest tokens are wanted at each place of the answer.
+    """
+
+    max_tokens: int
+    temperature: float = 0.0
+    stop: str | None = None
+    seed: int | None = None
+    top_logprobs: int = 0
+
+
 @runtime_checkable
 class ChatModel(Protocol):
     """What is asked of a chat model. It is called from many threads at once.
@@ -83,17 +102,12 @@ class ChatModel(Protocol):
     name: str
     capabilities: frozenset[str]
 
-    def generate(
-        self,
-        messages: Messages,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        stop: str | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
-    ) -> Generation:
+    def generate(self, messages: Messages, params: SamplingParams) -> Generation:
         """Answer a conversation, a sequence of ``{"role": ..., "content": ...}``.
+
+        Args:
+            messages: the conversation.
+            params: how the answer is to be written.
 
         Raises:
             ChatError: there is no answer.
@@ -133,16 +147,7 @@ class CallableChat:
         self.capabilities = frozenset({"chat", "score"} if likelihood else {"chat"})
         self._answer, self._likelihood = answer, likelihood
 
-    def generate(
-        self,
-        messages: Messages,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        stop: str | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
-    ) -> Generation:
+    def generate(self, messages: Messages, params: SamplingParams) -> Generation:
         """What the function says."""
         said = self._answer(messages)
         return said if isinstance(said, Generation) else Generation(said)
@@ -187,26 +192,10 @@ class ReplayChat:
     name: str
     capabilities: frozenset[str]
 
-    def generate(
-        self,
-        messages: Messages,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        stop: str | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
-    ) -> Generation:
+    def generate(self, messages: Messages, params: SamplingParams) -> Generation:
         """The recorded answer to the same question."""
-        settings: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "stop": stop,
-            "seed": seed,
-            "top_logprobs": top_logprobs,
-        }
-        key = request_key("generate", list(messages), settings)
-        answer = self._answer(key, lambda then: then.generate(messages, **settings).to_json())
+        key = request_key("generate", list(messages), asdict(params))
+        answer = self._answer(key, lambda then: then.generate(messages, params).to_json())
         return Generation.from_json(answer)
 
     def score(self, prefix: Prefix, continuations: Sequence[str]) -> list[list[float]]:

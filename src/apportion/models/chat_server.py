@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from apportion.errors import InputError
-from apportion.models.chat import ChatError, FailureKind, Generation, Messages, Prefix
+from apportion.models.chat import ChatError, FailureKind, Generation, Messages, Prefix, SamplingParams
 
 _OFFICIAL = "https://api.openai.com/v1"
 _LONGEST_PAUSE = 2.0
@@ -62,16 +62,7 @@ class ChatServer:
             api_key=key or "none", base_url=self.base_url, timeout=timeout, max_retries=retries
         )
 
-    def generate(
-        self,
-        messages: Messages,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        stop: str | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
-    ) -> Generation:
+    def generate(self, messages: Messages, params: SamplingParams) -> Generation:
         """See `ChatModel`.
 
         Raises:
@@ -79,13 +70,13 @@ class ChatServer:
             InputError: the server knows neither the key nor the model: no question will ever be answered.
         """
         # The older name is the one that every server knows, the newer the one that OpenAI's newer models ask for.
-        settings: dict[str, Any] = {"max_completion_tokens" if self._is_official else "max_tokens": max_tokens}
-        settings |= {} if stop is None else {"stop": stop}
-        settings |= {} if seed is None else {"seed": seed}
-        if top_logprobs and "logprobs" in self.capabilities:
-            settings |= {"logprobs": True, "top_logprobs": top_logprobs}
+        settings: dict[str, Any] = {"max_completion_tokens" if self._is_official else "max_tokens": params.max_tokens}
+        settings |= {} if params.stop is None else {"stop": params.stop}
+        settings |= {} if params.seed is None else {"seed": params.seed}
+        if params.top_logprobs and "logprobs" in self.capabilities:
+            settings |= {"logprobs": True, "top_logprobs": params.top_logprobs}
         said: Any = [dict(each) for each in messages]
-        settings |= {"messages": said, "temperature": temperature}
+        settings |= {"messages": said, "temperature": params.temperature}
         for attempt in range(self.retries):
             try:
                 return self._generation(self._answer(settings))

@@ -2,14 +2,13 @@
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from apportion.errors import InputError
-from apportion.models.chat import ChatError, Generation, Message, Messages, Prefix
+from apportion.models.chat import ChatError, Generation, Message, Messages, Prefix, SamplingParams
 from apportion.models.families import base_of, finish_logits
 from apportion.models.language import LanguageModel
 from apportion.models.quiet import quiet_transformers
@@ -17,20 +16,9 @@ from apportion.models.quiet import quiet_transformers
 _LOGITS_AT_ONCE = 2**24
 
 
-@dataclass(frozen=True)
-class _How:
-    """Questions of the same settings can be answered together."""
-
-    max_tokens: int
-    temperature: float
-    stop: str | None
-    seed: int | None
-    top_logprobs: int
-
-
 class _Question:
-    def __init__(self, text: str, how: _How) -> None:
-        self.text, self.how = text, how
+    def __init__(self, text: str, params: SamplingParams) -> None:
+        self.text, self.params = text, params
         self.answer: Generation | Exception | None = None
 
 
@@ -61,18 +49,9 @@ class LocalChat:
         self._queue_is_free = threading.Lock()
         self._waiting: list[_Question] = []
 
-    def generate(
-        self,
-        messages: Messages,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        stop: str | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
-    ) -> Generation:
+    def generate(self, messages: Messages, params: SamplingParams) -> Generation:
         """See `ChatModel`; waits for its turn."""
-        mine = _Question(self.prompt(messages), _How(max_tokens, temperature, stop, seed, top_logprobs))
+        mine = _Question(self.prompt(messages), params)
         with self._queue_is_free:
             self._waiting.append(mine)
         while mine.answer is None:
@@ -155,12 +134,12 @@ class LocalChat:
 
     def _answer_all_like(self, mine: _Question) -> None:
         with self._queue_is_free:
-            alone = mine.how.temperature > 0
-            batch = [mine] if alone else [each for each in self._waiting if each.how == mine.how]
+            alone = mine.params.temperature > 0
+            batch = [mine] if alone else [each for each in self._waiting if each.params == mine.params]
             batch = [mine, *(each for each in batch if each is not mine)][: self.batch_size]
             self._waiting = [each for each in self._waiting if each not in batch]
         try:
-            answers: list[Any] = self._generate([each.text for each in batch], mine.how)
+            answers: list[Any] = self._generate([each.text for each in batch], mine.params)
         except ChatError as error:
             if len(batch) == 1:
                 answers = [error]
@@ -175,56 +154,57 @@ class LocalChat:
 
     def _one(self, question: _Question) -> Generation | Exception:
         try:
-            return self._generate([question.text], question.how)[0]
+            return self._generate([question.text], question.params)[0]
         except Exception as error:
             return error
 
     @torch.no_grad()
-    def _generate(self, texts: list[str], how: _How) -> list[Generation]:
+    def _generate(self, texts: list[str], params: SamplingParams) -> list[Generation]:
         from transformers import GenerationConfig
 
         ids = [self._ids(text) for text in texts]
         longest = max(map(len, ids))
-        self._check_length(longest + how.max_tokens)
+        self._check_length(longest + params.max_tokens)
         pad, device = self._pad(), self.lm.device
         rows = torch.tensor([[pad] * (longest - len(each)) + each for each in ids], device=device)
         mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in ids], device=device)
         ends = self._ends()
         config = GenerationConfig(
-            max_new_tokens=how.max_tokens,
-            do_sample=how.temperature > 0,
-            **({"temperature": how.temperature, "top_k": 0, "top_p": 1.0} if how.temperature > 0 else {}),
-            stop_strings=[how.stop] if how.stop else None,
+            max_new_tokens=params.max_tokens,
+            do_sample=params.temperature > 0,
+            **({"temperature": params.temperature, "top_k": 0, "top_p": 1.0} if params.temperature > 0 else {}),
+            stop_strings=[params.stop] if params.stop else None,
             pad_token_id=pad,
             eos_token_id=sorted(ends) or None,
-            output_logits=how.top_logprobs > 0,
+            output_logits=params.top_logprobs > 0,
             return_dict_in_generate=True,
         )
         with quiet_transformers(), torch.random.fork_rng():
-            if how.seed is not None:
-                torch.manual_seed(how.seed)
+            if params.seed is not None:
+                torch.manual_seed(params.seed)
             out = self.lm.model.generate(
                 input_ids=rows, attention_mask=mask, generation_config=config, tokenizer=self.lm.tokenizer
             )
-        logits = torch.stack(out.logits, dim=1) if how.top_logprobs else None
+        logits = torch.stack(out.logits, dim=1) if params.top_logprobs else None
+        written = out.sequences[:, longest:].tolist()
         return [
-            self._said(
-                out.sequences[row, longest:].tolist(), len(ids[row]), how, ends, None if logits is None else logits[row]
-            )
-            for row in range(len(ids))
+            self._said(new, len(ids[row]), params, ends, None if logits is None else logits[row])
+            for row, new in enumerate(written)
         ]
 
-    def _said(self, new: list[int], read: int, how: _How, ends: set[int], logits: Tensor | None) -> Generation:
+    def _said(
+        self, new: list[int], read: int, params: SamplingParams, ends: set[int], logits: Tensor | None
+    ) -> Generation:
         length = next((place for place, token in enumerate(new) if token in ends), None)
         kept = new if length is None else new[:length]
         tokenizer = self.lm.tokenizer
         text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        stopped = bool(how.stop) and str(how.stop) in text
-        if how.stop:
-            text = text.split(how.stop)[0]
+        stopped = bool(params.stop) and str(params.stop) in text
+        if params.stop:
+            text = text.split(params.stop)[0]
         tops: list[dict[str, float]] = []
         if logits is not None:
-            best = logits[: len(kept)].float().log_softmax(dim=-1).topk(how.top_logprobs)
+            best = logits[: len(kept)].float().log_softmax(dim=-1).topk(params.top_logprobs)
             for values, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
                 tops.append({tokenizer.decode([token]): value for value, token in zip(values, tokens, strict=True)})
         return Generation(

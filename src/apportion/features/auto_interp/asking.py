@@ -1,10 +1,10 @@
 """Asking on behalf of one feature: every answer is noted before it is used, so that nothing is asked twice."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from apportion.models.chat import ChatModel, Generation, Messages, Prefix, request_key
+from apportion.models.chat import ChatModel, Generation, Messages, Prefix, SamplingParams, request_key
 
 _CHARACTERS_A_TOKEN = 4
 
@@ -50,26 +50,10 @@ class Asker:
         """Whether the model has a capability."""
         return self.chat is not None and capability in self.chat.capabilities
 
-    def generate(
-        self,
-        messages: Messages,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        stop: str | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
-    ) -> Generation:
+    def generate(self, messages: Messages, params: SamplingParams) -> Generation:
         """See `ChatModel`."""
-        settings: dict[str, Any] = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "stop": stop,
-            "seed": seed,
-            "top_logprobs": top_logprobs,
-        }
-        key = request_key("generate", list(messages), settings)
-        said = Generation.from_json(self._answer(key, lambda chat: chat.generate(messages, **settings).to_json()))
+        key = request_key("generate", list(messages), asdict(params))
+        said = Generation.from_json(self._answer(key, lambda chat: chat.generate(messages, params).to_json()))
         read = said.prompt_tokens or sum(len(each["content"]) for each in messages) // _CHARACTERS_A_TOKEN
         written = said.completion_tokens or len(said.text) // _CHARACTERS_A_TOKEN
         self.usage.add(Usage(1, read, written))

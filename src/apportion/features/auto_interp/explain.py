@@ -13,7 +13,7 @@ from apportion.errors import InputError
 from apportion.features.auto_interp.asking import Asker
 from apportion.features.auto_interp.examples import FeatureExamples
 from apportion.features.auto_interp.prompts import Explanation, explain_messages, is_refusal, read_explanation
-from apportion.models.chat import ChatError
+from apportion.models.chat import ChatError, SamplingParams
 
 STYLES = ("default", "activations", "contrastive", "contrastive-activations")
 _EXPLANATION_TOKENS = 160
@@ -67,7 +67,7 @@ class ChatExplainer:
             near_misses=examples.near_misses if "contrastive" in self.style else (),
             with_activations="activations" in self.style,
         )
-        said = ask.generate(messages, max_tokens=self.max_tokens, temperature=self.temperature)
+        said = ask.generate(messages, SamplingParams(self.max_tokens, self.temperature))
         if said.refused or is_refusal(said.text):
             raise ChatError("refusal", said.text[:200])
         explanation = read_explanation(said.text)

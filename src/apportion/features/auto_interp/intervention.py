@@ -30,7 +30,7 @@ from apportion.features.auto_interp.windows import Example
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.steering import steer
 from apportion.models import LanguageModel, Site
-from apportion.models.chat import ChatError, Message
+from apportion.models.chat import ChatError, Message, SamplingParams
 from apportion.models.sampling import During, continue_texts, next_logits
 
 _SHORTEST_PROMPT = 4
@@ -290,7 +290,7 @@ class Intervention:
         texts = [self.lm.tokenizer.decode(prompt) for prompt in prompts]
         messages = intervention_messages(texts, risen)
         said = [
-            ask.generate(messages, max_tokens=20, temperature=0.7, stop="\n", seed=settings.seed + number).text.strip()
+            ask.generate(messages, SamplingParams(20, 0.7, "\n", settings.seed + number)).text.strip()
             for number in range(settings.candidates)
         ]
         return [text for text in dict.fromkeys(said) if text] or [plain]

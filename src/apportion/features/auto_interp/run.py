@@ -23,7 +23,7 @@ from apportion.features.auto_interp.prompts import EXPLANATION_MARK
 from apportion.features.auto_interp.records import FINISHED, SUMMARY, Records
 from apportion.features.auto_interp.scorers import Scorer
 from apportion.features.dictionary import SparseAutoencoder
-from apportion.models.chat import ChatError, ChatModel, Generation, Messages, Prefix
+from apportion.models.chat import ChatError, ChatModel, Generation, Messages, Prefix, SamplingParams
 from apportion.models.spelling import Spelled
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -420,18 +420,9 @@ class _Placeholder:
     def __init__(self, like: ChatModel) -> None:
         self.name, self.capabilities = like.name, like.capabilities
 
-    def generate(
-        self,
-        messages: Messages,
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        stop: str | None = None,
-        seed: int | None = None,
-        top_logprobs: int = 0,
-    ) -> Generation:
+    def generate(self, messages: Messages, params: SamplingParams) -> Generation:
         """Words that can be read as an explanation."""
-        return Generation(f"{EXPLANATION_MARK} " + "word " * 20, completion_tokens=max(1, max_tokens // 2))
+        return Generation(f"{EXPLANATION_MARK} " + "word " * 20, completion_tokens=max(1, params.max_tokens // 2))
 
     def score(self, prefix: Prefix, continuations: Sequence[str]) -> list[list[float]]:
         """A token for each four characters."""

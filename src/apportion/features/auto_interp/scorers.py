@@ -43,7 +43,7 @@ from apportion.features.auto_interp.prompts import (
 )
 from apportion.features.auto_interp.scores import Score, summarise
 from apportion.features.auto_interp.windows import Example, levels
-from apportion.models.chat import ChatError, Generation
+from apportion.models.chat import ChatError, Generation, SamplingParams
 
 _TOKENS_A_VERDICT = 6
 _TOP_LOGPROBS = 5
@@ -126,9 +126,11 @@ class _Judging:
     def _asked(self, explanation: Explanation, texts: list[str], ask: Asker) -> list[float]:
         said = ask.generate(
             judge_messages(explanation.text, texts, marked=self.marked),
-            max_tokens=_TOKENS_A_VERDICT * len(texts) + 10,
-            temperature=self.temperature,
-            top_logprobs=_TOP_LOGPROBS if ask.can("logprobs") else 0,
+            SamplingParams(
+                max_tokens=_TOKENS_A_VERDICT * len(texts) + 10,
+                temperature=self.temperature,
+                top_logprobs=_TOP_LOGPROBS if ask.can("logprobs") else 0,
+            ),
         )
         verdicts = read_verdicts(said.text, len(texts))
         if verdicts is None:
@@ -216,7 +218,7 @@ class Simulation:
             tokens = [window.token(number) for number in range(len(window.spans))]
             said = _or_failure(
                 lambda tokens=tokens: ask.generate(  # type: ignore[misc]
-                    simulate_messages(explanation.text, tokens), max_tokens=4 * len(tokens) + 10
+                    simulate_messages(explanation.text, tokens), SamplingParams(4 * len(tokens) + 10)
                 ),
                 failed,
             )
