@@ -79,7 +79,6 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few tokens have several blocks."""
     monkeypatch.setattr(cpu, "_TOGETHER", 4)
-    monkeypatch.setattr(cpu, "_AHEAD", 2)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -39,7 +39,7 @@ def attend_selected(
     """See ``apportion.ops.attend.attend_selected``."""
     read = _read(queries, keys, values, indices, kept, scaling, softcap)
     out = read.weights.to(values.dtype) @ read.values
-    return out.transpose(2, 3).reshape(*queries.shape[:3], -1)
+    return out.transpose(2, 3).reshape(*queries.shape[:3], values.shape[-1])
 
 
 def gradients(
@@ -87,24 +87,28 @@ def _read(
     return _Read(packed, of_rows, read, scores, weights)
 
 
-def _by_row(of_heads: Tensor, rows: int) -> Tensor:
+def _by_row(of_heads: Tensor, rows: int | torch.SymInt) -> Tensor:
     """[batch, heads, new, width] as [batch, rows, new, heads of the row, width]."""
     batch, heads, new, width = of_heads.shape
     return of_heads.reshape(batch, rows, heads // rows, new, width).transpose(2, 3)
 
 
 def _gathered(stored: Tensor, indices: Tensor) -> Tensor:
-    batch, groups, _, width = stored.shape
-    # Rows of one key-value head, one after the other: [batch, groups, rows of it * new * chosen].
-    flat = indices.reshape(batch, groups, indices[0, 0].numel() * (indices.shape[1] // groups), 1)
+    groups, width = stored.shape[1], stored.shape[3]
+    flat = _flat(indices, groups)
     return stored.gather(2, flat.expand(-1, -1, -1, width)).view(*indices.shape, width)
 
 
 def _scattered(of_entries: Tensor, indices: Tensor, stored: Tensor) -> Tensor:
     """The transpose of `_gathered`: entries added to where they were read."""
-    batch, groups, _, width = stored.shape
-    flat = indices.reshape(batch, groups, indices[0, 0].numel() * (indices.shape[1] // groups), 1)
+    groups, width = stored.shape[1], stored.shape[3]
+    flat = _flat(indices, groups)
     out = of_entries.new_zeros(stored.shape)
-    return out.scatter_add_(2, flat.expand(-1, -1, -1, width), of_entries.reshape(*flat.shape[:3], width)).to(
-        stored.dtype
-    )
+    out.scatter_add_(2, flat.expand(-1, -1, -1, width), of_entries.reshape(*flat.shape[:3], width))
+    return out.to(stored.dtype)
+
+
+def _flat(indices: Tensor, groups: int | torch.SymInt) -> Tensor:
+    """The lists of one key-value head, one after the other: [batch, groups, rows of it * new * chosen, 1]."""
+    batch, rows, new, chosen = indices.shape
+    return indices.reshape(batch, groups, rows // groups * new * chosen, 1)

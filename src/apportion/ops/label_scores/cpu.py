@@ -57,13 +57,13 @@ def _score(query, memory, start, step, channels, scores):
 
 @numba.njit(parallel=True, fastmath=_FAST, cache=True)
 @no_type_check
-def _label_scores(queries, channels, labels, steps, rows, out):
+def _label_scores(queries, channels, labels, steps, rows, tile, out):
     """``out[row, query, token]``: products of the queries of a row with its labels."""
     tokens = out.shape[2]
-    tiles = (tokens + _TILE - 1) // _TILE
+    tiles = (tokens + tile - 1) // tile
     for task in numba.prange(out.shape[0] * tiles):
-        row, first = task // tiles, task % tiles * _TILE
-        size = min(_TILE, tokens - first)
+        row, first = task // tiles, task % tiles * tile
+        size = min(tile, tokens - first)
         start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
         memory, start, step = _planar(labels, start, size, steps, channels)
         for query in range(out.shape[1]):
@@ -87,13 +87,13 @@ def _unpacked(memory, start, step, size, bits, channels):
 
 @numba.njit(parallel=True, fastmath=_FAST, cache=True)
 @no_type_check
-def _packed_label_scores(queries, channels, codes, code_steps, ranges, range_steps, bits, rows, out):
+def _packed_label_scores(queries, channels, codes, code_steps, ranges, range_steps, bits, rows, tile, out):
     """The same by codes: ``minimum * sum of the query + step * sum of query times code``."""
     tokens, planes = out.shape[2], (channels * bits + 7) // 8
-    tiles = (tokens + _TILE - 1) // _TILE
+    tiles = (tokens + tile - 1) // tile
     for task in numba.prange(out.shape[0] * tiles):
-        row, first = task // tiles, task % tiles * _TILE
-        size = min(_TILE, tokens - first)
+        row, first = task // tiles, task % tiles * tile
+        size = min(tile, tokens - first)
         start = row // rows * code_steps[0] + row % rows * code_steps[1] + first * code_steps[2]
         memory, start, step = _planar(codes, start, size, code_steps, planes)
         unpacked = _unpacked(memory, start, step, size, bits, channels)
@@ -124,7 +124,7 @@ def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
     wanted = _padded(queries, rows)
     out = torch.empty(batch * rows, wanted.shape[1], tokens)
     with matching_threads():
-        _label_scores(wanted.numpy(), channels, flat(labels), labels.stride(), rows, out.numpy())
+        _label_scores(wanted.numpy(), channels, flat(labels), labels.stride(), rows, _TILE, out.numpy())
     return out.view(batch, heads, new, tokens)
 
 
@@ -146,6 +146,7 @@ def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: in
             ranges.stride(),
             bits,
             rows,
+            _TILE,
             out.numpy(),
         )
     return out.view(batch, heads, new, tokens)

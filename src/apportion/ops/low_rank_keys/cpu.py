@@ -20,14 +20,14 @@ _TOGETHER = 64  # tokens that a thread takes at a time
 
 @numba.njit(parallel=True, cache=True)
 @no_type_check
-def _gather(factors, steps, tokens, out):
+def _gather(factors, steps, tokens, together, out):
     """``out[batch, i] = factors[batch, tokens[batch, i]]``."""
     batch, kept, rank = out.shape
-    blocks = (kept + _TOGETHER - 1) // _TOGETHER
+    blocks = (kept + together - 1) // together
     line = 64 // factors.itemsize
     for task in numba.prange(batch * blocks):
-        row, first = task // blocks, task % blocks * _TOGETHER
-        for place in range(first, min(kept, first + _TOGETHER)):
+        row, first = task // blocks, task % blocks * together
+        for place in range(first, min(kept, first + together)):
             if place + _AHEAD < kept:
                 ahead = row * steps[0] + tokens[row, place + _AHEAD] * steps[1]
                 for j in range(0, rank, line):
@@ -38,13 +38,13 @@ def _gather(factors, steps, tokens, out):
 
 @numba.njit(parallel=True, cache=True)
 @no_type_check
-def _rotate(keys, tokens, cos, cos_steps, sin, sin_steps, half):
+def _rotate(keys, tokens, cos, cos_steps, sin, sin_steps, half, together):
     """Turn ``keys[batch, i]`` by the angles of ``tokens[batch, i]``, in place."""
     batch, kept = tokens.shape
-    blocks = (kept + _TOGETHER - 1) // _TOGETHER
+    blocks = (kept + together - 1) // together
     for task in numba.prange(batch * blocks):
-        row, start = task // blocks, task % blocks * _TOGETHER
-        for place in range(start, min(kept, start + _TOGETHER)):
+        row, start = task // blocks, task % blocks * together
+        for place in range(start, min(kept, start + together)):
             cos_start = row * cos_steps[0] + tokens[row, place] * cos_steps[1]
             sin_start = row * sin_steps[0] + tokens[row, place] * sin_steps[1]
             c, s = cos[cos_start : cos_start + half], sin[sin_start : sin_start + half]
@@ -67,12 +67,18 @@ def low_rank_keys(factors: Tensor, basis: Tensor, tokens: Tensor, cos: Tensor | 
     flattened = tokens.reshape(batch, groups * kept).contiguous().numpy()
     rows = torch.empty(batch, groups, kept, rank, dtype=factors.dtype)
     with matching_threads():
-        _gather(flat(factors), factors.stride()[:2], flattened, array_of(rows).reshape(batch, groups * kept, rank))
+        _gather(
+            flat(factors),
+            factors.stride()[:2],
+            flattened,
+            _TOGETHER,
+            array_of(rows).reshape(batch, groups * kept, rank),
+        )
     keys = rows @ basis.detach()
     if cos is None or sin is None:
         return keys
     cos, sin = (readable(each).expand(batch, -1, -1) for each in (cos, sin))
     turned = array_of(keys).reshape(batch, groups * kept, width)
     with matching_threads():
-        _rotate(turned, flattened, flat(cos), cos.stride()[:2], flat(sin), sin.stride()[:2], cos.shape[-1])
+        _rotate(turned, flattened, flat(cos), cos.stride()[:2], flat(sin), sin.stride()[:2], cos.shape[-1], _TOGETHER)
     return keys

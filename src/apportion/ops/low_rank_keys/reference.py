@@ -15,7 +15,7 @@ def low_rank_keys(
     """Row ``tokens[b, g, i]`` of ``factors[b] @ basis[b, g]``, rotated by that token's angles."""
     batch, groups, kept = tokens.shape
     flat = tokens.reshape(batch, groups * kept, 1)
-    rows = factors.gather(1, flat.expand(-1, -1, factors.shape[-1])).view(batch, groups, kept, -1)
+    rows = factors.gather(1, flat.expand(-1, -1, factors.shape[-1])).view(batch, groups, kept, factors.shape[-1])
     keys = rows @ basis
     if cos is None or sin is None:
         return keys
