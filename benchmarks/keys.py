@@ -17,7 +17,7 @@ from typing_extensions import override
 from apportion.errors import InputError
 from apportion.keys import ComposedMemory, KeyBudget
 from apportion.keys.selectors import TopKeys, across_group, best_tokens
-from apportion.keys.stores import Growing, Store
+from apportion.keys.stores import Growing, Store, gather_tokens
 from apportion.models import LanguageModel, load
 from apportion.models.key_door import Door, LayerFacts, Step, attend_with, close_prompt, layer_facts
 from apportion.ops import attend_selected, label_scores, low_rank_keys, pack_labels, packed_label_scores, select_rows
@@ -149,7 +149,7 @@ class Decoding:
         tokens = self._tokens_of_chunks(layer)
         factors, basis, cos, sin = layer.factors
         keys = low_rank_keys(factors, basis, tokens, cos, sin)
-        values = layer.values.gather(2, tokens[..., None].expand(-1, -1, -1, self.shape.width))
+        values = gather_tokens(layer.values, tokens)
         lists = torch.arange(tokens.shape[2]).expand(1, self.shape.groups, 1, -1)
         kept = torch.ones_like(lists, dtype=torch.bool)
         return attend_selected(self.queries, keys, values, lists, kept, self.scaling)
