@@ -1,0 +1,321 @@
+"""Decoding with few keys against dense attention: one attention layer by context length, and whole tokens of a model.
+
+The methods are composed here from the ops and axes they stand on (labels of a few channels as Double Sparsity has them,
+landmarks and low-rank keys as ShadowKV has them): what is measured is the machinery, not a fitted method. Keys and
+queries are random, which changes nothing but how scattered the chosen tokens lie: more than in text.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from apportion.errors import InputError
+from apportion.keys import ComposedMemory, KeyBudget
+from apportion.keys.selectors import TopKeys, across_group, best_tokens
+from apportion.keys.stores import Growing, Store, gather_tokens
+from apportion.models import LanguageModel, load
+from apportion.models.key_door import Door, LayerFacts, Step, attend_with, close_prompt, layer_facts
+from apportion.ops import attend_selected, label_scores, low_rank_keys, pack_labels, packed_label_scores, select_rows
+from apportion.ops.attend import attend
+from benchmarks.registry import Case, Race, RacePlan, Unavailable, benchmark, timed
+
+_BASELINE = "dense SDPA"
+_SHARE = 1 / 16  # of the keys are read
+_CHUNK = 8  # tokens of a landmark
+_SINKS, _RECENT = 4, 32
+_COLD = 128_000_000  # bytes of keys and values that take turns, so that none is found in a cache
+_MODEL = "smollm2"
+_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention layer that decodes one token.
+
+    Attributes:
+        context: tokens there are.
+        heads: of queries.
+        groups: key-value heads.
+        width: of a head.
+        channels: of a label.
+        rank: of the key factorisation.
+    """
+
+    context: int
+    heads: int
+    groups: int
+    width: int
+    channels: int
+    rank: int
+
+
+class Layer:
+    """Random keys, values and side tables of one layer; what does not lie in time order is planar."""
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        groups, tokens, width = shape.groups, shape.context, shape.width
+        self.shape = shape
+        self.keys = torch.randn(1, groups, tokens, width, generator=draw)
+        self.values = torch.randn(1, groups, tokens, width, generator=draw)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """A few channels of every key, for each key-value head."""
+        return _planar(self.keys[..., :: self.shape.width // self.shape.channels])
+
+    @cached_property
+    def short_labels(self) -> Tensor:
+        """The same in bfloat16."""
+        return _planar(self.labels.bfloat16())
+
+    @cached_property
+    def packed(self) -> tuple[Tensor, Tensor]:
+        """The same in 4 bits."""
+        codes, ranges = pack_labels(self.labels, 4)
+        return _planar(codes), _planar(ranges)
+
+    @cached_property
+    def packed_of_heads(self) -> tuple[Tensor, Tensor]:
+        """Labels of channels of their own for each query head, in 4 bits."""
+        labels = self.labels.repeat_interleave(self.shape.heads // self.shape.groups, dim=1)
+        codes, ranges = pack_labels(labels, 4)
+        return _planar(codes), _planar(ranges)
+
+    @cached_property
+    def landmarks(self) -> Tensor:
+        """Means of chunks of keys."""
+        return _planar(self.keys.unflatten(2, (-1, _CHUNK)).mean(3))
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Factors and basis of a key factorisation (random, of the right shape), cosines and sines."""
+        draw = torch.Generator().manual_seed(0)
+        shape = self.shape
+        factors = torch.randn(1, shape.context, shape.rank, generator=draw)
+        basis = torch.randn(1, shape.groups, shape.rank, shape.width, generator=draw)
+        angles = torch.rand(1, shape.context, shape.width // 2, generator=draw)
+        return factors, basis, angles.cos(), angles.sin()
+
+
+def _planar(table: Tensor) -> Tensor:
+    return table.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+class Decoding:
+    """One token's attention in every way, on layers that take turns."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        bytes_of_layer = 8 * shape.context * shape.groups * shape.width
+        self.layers = [Layer(shape, seed) for seed in range(max(2, -(-_COLD // bytes_of_layer)))]
+        self.queries = torch.randn(1, shape.heads, 1, shape.width, generator=torch.Generator().manual_seed(99))
+        self.scaling = shape.width**-0.5
+        self.seen = torch.ones(1, 1, shape.context, dtype=torch.bool)
+        self.budget = KeyBudget(share=_SHARE, sinks=_SINKS, recent=_RECENT)
+
+    def layer(self, turn: int) -> Layer:
+        return self.layers[turn % len(self.layers)]
+
+    def transformers(self, layer: Layer) -> Tensor:
+        """The call that transformers makes for one token without padding."""
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+        return sdpa(self.queries, layer.keys, layer.values, scale=self.scaling, enable_gqa=True)
+
+    def dense(self, layer: Layer) -> Tensor:
+        return attend(self.queries, layer.keys, layer.values, self.scaling)
+
+    def short_labels(self, layer: Layer) -> Tensor:
+        return self._read(layer, label_scores(self._shortened, layer.short_labels), "max")
+
+    def packed_labels(self, layer: Layer) -> Tensor:
+        return self._read(layer, packed_label_scores(self._shortened, *layer.packed, 4), "max")
+
+    def packed_labels_of_heads(self, layer: Layer) -> Tensor:
+        return self._read(layer, packed_label_scores(self._shortened, *layer.packed_of_heads, 4), "head")
+
+    def landmarks(self, layer: Layer) -> Tensor:
+        tokens = self._tokens_of_chunks(layer)
+        lists = tokens[:, :, None]
+        kept = torch.ones_like(lists, dtype=torch.bool)
+        return attend_selected(self.queries, layer.keys, layer.values, lists, kept, self.scaling)
+
+    def low_rank(self, layer: Layer) -> Tensor:
+        tokens = self._tokens_of_chunks(layer)
+        factors, basis, cos, sin = layer.factors
+        keys = low_rank_keys(factors, basis, tokens, cos, sin)
+        values = gather_tokens(layer.values, tokens)
+        lists = torch.arange(tokens.shape[2]).expand(1, self.shape.groups, 1, -1)
+        kept = torch.ones_like(lists, dtype=torch.bool)
+        return attend_selected(self.queries, keys, values, lists, kept, self.scaling)
+
+    @cached_property
+    def _shortened(self) -> Tensor:
+        return self.queries[..., :: self.shape.width // self.shape.channels].contiguous()
+
+    def _read(self, layer: Layer, scores: Tensor, group: str) -> Tensor:
+        scores = across_group(scores, self.seen, self.shape.heads // self.shape.groups, group)
+        chosen = best_tokens(scores, self.seen, self.budget)
+        return attend_selected(self.queries, layer.keys, layer.values, chosen.indices, chosen.kept, self.scaling)
+
+    def _tokens_of_chunks(self, layer: Layer) -> Int[Tensor, "batch groups kept"]:
+        """Tokens of the chunks whose landmarks some head of the group wants most."""
+        weights = label_scores(self.queries * self.scaling, layer.landmarks).softmax(-1)
+        shared = weights.view(self.shape.groups, -1, weights.shape[-1]).amax(1)
+        count = int(self.shape.context * _SHARE) // _CHUNK
+        _, chunks = select_rows(shared, count)
+        tokens = chunks.view(1, self.shape.groups, count, 1) * _CHUNK + torch.arange(_CHUNK)
+        return tokens.view(1, self.shape.groups, count * _CHUNK)
+
+
+def _layer_plan(title: str, shape: Shape) -> RacePlan:
+    def build() -> Race:
+        decoding = Decoding(shape)
+
+        def case(label: str, way: Callable[[Layer], Tensor], includes: str) -> Case:
+            for layer in decoding.layers:  # side tables are made before the first measurement
+                way(layer)
+            return Case(label, timed(lambda turn: way(decoding.layer(turn))), includes)
+
+        labels = f"scores by {shape.channels} of {shape.width} channels of each key, 1/16 of the keys chosen, {{}}"
+        chunks = (
+            f"scores by means of {_CHUNK} keys, 1/16 of the keys chosen in whole chunks for each key-value head, {{}}"
+        )
+        cases = [
+            case(_BASELINE, decoding.transformers, "scaled_dot_product_attention as transformers calls it"),
+            case("dense, apportion", decoding.dense, "the same, with the heads of a group packed as queries"),
+            case("labels 16 bit", decoding.short_labels, labels.format("a list for each key-value head")),
+            case("labels 4 bit", decoding.packed_labels, labels.format("a list for each key-value head")),
+            case("labels 4 bit, heads", decoding.packed_labels_of_heads, labels.format("a list for each query head")),
+            case("landmarks", decoding.landmarks, chunks.format("read from the cache")),
+            case(f"landmarks, rank {shape.rank}", decoding.low_rank, chunks.format("rebuilt and rotated")),
+        ]
+        return Race(cases, _BASELINE)
+
+    return RacePlan(title, asdict(shape), build, varies="context", share=float(shape.context * shape.groups))
+
+
+@benchmark(
+    "keys", "how fast is decoding with 1/16 of the keys, against dense attention?", rounds=15, share=4, warm_ups=2
+)
+def plans(smoke: bool) -> Sequence[RacePlan]:
+    """One layer of SmolLM2's shape and one of an 8B model's, by context length."""
+    if smoke:
+        return [_layer_plan("smoke", Shape(256, 6, 2, 16, 4, 8))]
+    contexts = (8192, 16384, 32768)
+    small = [_layer_plan(f"SmolLM2's shape, {each:,} tokens", Shape(each, 9, 3, 64, 16, 30)) for each in contexts]
+    large = [_layer_plan(f"an 8B shape, {each:,} tokens", Shape(each, 32, 8, 128, 32, 160)) for each in contexts]
+    return small + large
+
+
+class Labels(TopKeys):
+    """Every other so many channels of a key as its label, in 4 bits; heads of a key-value head share a list."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(KeyBudget(share=_SHARE, sinks=_SINKS, recent=_RECENT), "max")
+        self.every = max(1, width // 16)
+        self.codes, self.ranges = Growing(3), Growing(3)
+
+    @override
+    def extend(self, step: Step, store: Store) -> None:
+        codes, ranges = pack_labels(step.keys[..., :: self.every], 4)
+        self.codes.append(codes.transpose(-1, -2).contiguous())
+        self.ranges.append(ranges.transpose(-1, -2).contiguous())
+
+    @override
+    def scores(self, step: Step, store: Store) -> Float[Tensor, "batch heads new tokens"]:
+        queries = step.queries[..., :: self.every]
+        codes, ranges = (each.view.transpose(-1, -2) for each in (self.codes, self.ranges))
+        return packed_label_scores(queries, codes, ranges, 4)
+
+
+class Generation:
+    """A model that decodes one token a turn, its cache filled with random keys, since a long prompt takes minutes."""
+
+    def __init__(self, lm: LanguageModel, context: int) -> None:
+        self.lm, self.context = lm, context
+        self.token = torch.tensor([[1]])
+        self.caches: dict[str, object] = {}
+
+    def plain(self, label: str, turn: int) -> None:
+        """Transformers' own cache and attention."""
+        if label not in self.caches:
+            self.caches[label] = self._plain_cache()
+        self._decode(label)
+
+    def remembered(self, label: str, make: Callable[[LayerFacts], ComposedMemory], turn: int) -> None:
+        """A cache of memories."""
+        with attend_with(self.lm, make) as door:
+            if label not in self.caches:
+                self.caches[label] = self._filled(door)
+            self._decode(label)
+
+    @torch.no_grad()
+    def _decode(self, label: str) -> None:
+        self.lm.model(self.token, past_key_values=self.caches[label], logits_to_keep=1)
+
+    def _plain_cache(self) -> object:
+        import transformers
+
+        cache = transformers.DynamicCache(config=self.lm.model.config)
+        for facts in layer_facts(self.lm):
+            cache.update(*self._random(facts), facts.layer)
+        return cache
+
+    @torch.no_grad()
+    def _filled(self, door: Door) -> object:
+        """Let the model make a cache, and show its memories the rest of a prompt, which nobody asks anything."""
+        self.lm.model(self.token, logits_to_keep=1, use_cache=True)
+        for facts, memory in zip(layer_facts(self.lm), door.memories(), strict=True):
+            keys, values = self._random(facts)
+            nobody = torch.empty(1, facts.heads, 0, facts.width)
+            memory.attend(Step(nobody, keys, values, torch.ones(1, self.context, dtype=torch.bool), 1.0))
+        close_prompt(door.cache)
+        return door.cache
+
+    def _random(self, facts: LayerFacts) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(facts.layer)
+        shape = (1, facts.groups, self.context, facts.width)
+        return torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+
+
+def _generation_plan(lm: LanguageModel, context: int) -> RacePlan:
+    def build() -> Race:
+        generation = Generation(lm, context)
+
+        def few(facts: LayerFacts) -> ComposedMemory:
+            return ComposedMemory(facts, selector=Labels(facts.width))
+
+        ways = {
+            "transformers": (partial(generation.plain, "transformers"), "its DynamicCache and SDPA"),
+            "dense memory": (
+                partial(generation.remembered, "dense memory", ComposedMemory),
+                "a cache that grows without copying, everything read",
+            ),
+            "labels 4 bit": (
+                partial(generation.remembered, "labels 4 bit", few),
+                "the same cache, 1/16 of the keys read in every layer",
+            ),
+        }
+        cases = [Case(label, timed(way), includes) for label, (way, includes) in ways.items()]
+        return Race(cases, "transformers")
+
+    return RacePlan(f"{context:,} tokens", {"context": context}, build, varies="context", share=float(context + 8192))
+
+
+@benchmark(
+    "generation", "from which context on is a token faster with 1/16 of the keys?", rounds=5, share=4, warm_ups=1
+)
+def generation_plans(smoke: bool) -> Sequence[RacePlan]:
+    """One token of SmolLM2, by context length."""
+    try:
+        # Packaged models are never fetched here: a benchmark must not wait for a network.
+        lm = load(_MODEL)
+    except InputError as error:
+        raise Unavailable(str(error)) from error
+    return [_generation_plan(lm, context) for context in ((64,) if smoke else _LENGTHS)]
