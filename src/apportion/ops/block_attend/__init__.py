@@ -1,12 +1,12 @@
 """Attention over whole blocks of keys: what a prompt costs when each block of queries reads only some of them.
 
-``kept`` says for every block of queries which blocks of keys it reads; the softmax is exact over the tokens of these that
-a query may see. Work is proportional to the blocks kept: on the CPU they are gathered for dense products, on a GPU one
-kernel walks a list of them. A mask on dense attention would give the same numbers and save nothing.
+``kept`` says for every block of queries which blocks of keys it reads; the softmax is exact over the tokens of these
+that a query may see. Work is proportional to the blocks kept: on the CPU they are gathered for dense products, on a GPU
+one kernel walks a list of them. A mask on dense attention would give the same numbers and save nothing.
 
 PyTorch's ``flex_attention`` is not used. Where it is not compiled it *ignores* the block lists of
-``BlockMask.from_kv_blocks`` and applies ``mask_mod`` alone (measured with torch 2.13): full causal attention comes back,
-without a word. Who uses it must say the selection in ``mask_mod``, too.
+``BlockMask.from_kv_blocks`` and applies ``mask_mod`` alone (measured with torch 2.13): full causal attention comes
+back, without a word. Who uses it must say the selection in ``mask_mod``, too.
 
 There is no gradient: blocks are chosen for prompts that are read, not trained on.
 """

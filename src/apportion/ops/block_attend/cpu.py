@@ -1,7 +1,7 @@
 """Attention over kept blocks on the CPU: each block of queries gathers its blocks of keys and multiplies densely.
 
-The products are the processor's own matrix products, of ``size`` queries with all tokens of the kept blocks. Only blocks
-that reach beyond the first query of theirs need a causal mask; they come last, since lists are in order.
+The products are the processor's own matrix products, of ``size`` queries with all tokens of the kept blocks. Only
+blocks that reach beyond the first query of theirs need a causal mask; they come last, since lists are in order.
 """
 
 import torch
@@ -28,7 +28,7 @@ def block_attend(
     # How many of a row's blocks hold tokens that come after its first query, or none at all: the last ones of its list.
     late = (kept & (starts + size - 1 > first[:, None])).sum(-1).tolist()
     counts = kept.sum(-1)
-    lists = kept.nonzero()[:, 3].split(counts.flatten().tolist())
+    lists = torch.split(kept.nonzero()[:, 3], counts.flatten().tolist())
     queries = queries * scaling
     out = values.new_zeros(batch, heads, new, values.shape[3])
     hide = _Hidden(size)

@@ -162,7 +162,7 @@ def block_attend(
 
 
 def _side(length: int) -> int:
-    return max(_SMALLEST, triton.next_power_of_2(length))
+    return max(_SMALLEST, 1 << (length - 1).bit_length())
 
 
 def _operand_type(dtype: torch.dtype) -> tl.dtype:
