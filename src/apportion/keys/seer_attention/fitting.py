@@ -25,7 +25,7 @@ class GateRecipe:
     Attributes:
         steps: optimiser steps.
         batch_size: texts a step; all of them, where there are fewer.
-        tokens: of each text at most.
+        tokens: of each text at most; never more than the model has positions for.
         learning_rate: peak.
         warmup: steps over which it rises.
         loss_scale: times the loss; it matters to the clipping of gradients alone.

@@ -197,6 +197,7 @@ def distil(
     """
     if not texts:
         raise InputError("texts is empty: gates are distilled from at least one text")
+    tokens = min(tokens, getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or tokens)
     examples, frequencies = [], None
     for number, text in enumerate(texts):
         ids = model.tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
