@@ -3,4 +3,5 @@
 import importlib
 
 for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys"):
+for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "prefill"):
     importlib.import_module(f"benchmarks.{_name}")

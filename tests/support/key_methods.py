@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys.seer_attention import GateRecipe, SeerAttention
 from apportion.keys.selectors import Oracle
 from apportion.models.key_door import LayerFacts, LayerMemory
 
@@ -36,4 +37,11 @@ class NeedsFit(Keeps):
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
+    "seer_attention, sparsity 0": lambda lm: SeerAttention(size=4, width=8, sparsity=0.0, recipe=GateRecipe(steps=1)),
+    "seer_attention, threshold 0": lambda lm: SeerAttention(size=4, width=8, threshold=0.0, recipe=GateRecipe(steps=1)),
+    # Through the gate and the kernel of blocks, where the two above take the short way.
+    "seer_attention, all blocks": lambda lm: SeerAttention(size=4, width=8, blocks=99, recipe=GateRecipe(steps=1)),
+    "seer_attention, decode": lambda lm: SeerAttention(
+        size=4, width=8, decode=True, budget=KeyBudget(share=1.0), recipe=GateRecipe(steps=1)
+    ),
 }

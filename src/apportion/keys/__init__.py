@@ -10,6 +10,7 @@ token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod`
 from apportion.keys.budget import KeyBudget, Usage
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
+from apportion.keys.seer_attention import SeerAttention
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
@@ -21,6 +22,7 @@ __all__ = [
     "KeyMethod",
     "KeySelection",
     "OpenMethod",
+    "SeerAttention",
     "Selector",
     "Store",
     "Trace",
