@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.selectors import Oracle
 from apportion.models.key_door import LayerFacts, LayerMemory
 
@@ -36,4 +37,5 @@ class NeedsFit(Keeps):
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
+    "matryoshka_kv": lambda lm: MatryoshkaKV(share=1.0),
 }
