@@ -51,12 +51,10 @@ class HeadSpace:
         self, vectors: Float[Tensor, "batch heads new d"], *, centred: bool = True
     ) -> Float[Tensor, "batch heads new padded"]:
         """Coordinates of vectors of key-value heads, or of query heads (which are not centred)."""
-        heads = vectors.shape[1]
-        columns, mean = self.columns.to(vectors.dtype), self.mean.to(vectors.dtype)
+        grouped = vectors.unflatten(1, (len(self.ranks), -1))
         if centred:
-            vectors = vectors - mean[:, None]
-        grouped = vectors.unflatten(1, (len(self.ranks), heads // len(self.ranks)))
-        return (grouped @ columns[:, None]).flatten(1, 2)
+            grouped = grouped - self.mean.to(vectors.dtype)[:, None, None]
+        return (grouped @ self.columns.to(vectors.dtype)[:, None]).flatten(1, 2)
 
     def restore(self, mixed: Float[Tensor, "batch heads new padded"]) -> Float[Tensor, "batch heads new d"]:
         """What coordinates stand for, the mean included; heads as in `project`."""
