@@ -43,7 +43,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from apportion.errors import InputError
-from apportion.keys.matryoshka_basis import KEYS, VALUES, HeadBases, cayley, principal_bases, random_bases
+from apportion.keys.matryoshka_basis import KEYS, VALUES, HeadBases, cayley, principal_bases
 from apportion.keys.matryoshka_moments import head_moments
 from apportion.keys.matryoshka_ranks import greedy_ranks, losses_by_attention, losses_by_divergence
 from apportion.keys.matryoshka_training import Distillation, distil, encode_rows
@@ -97,8 +97,6 @@ class MatryoshkaKV(KeyMethod):
         *,
         tokens: int = 512,
         generate: int = 0,
-        start: Literal["principal", "random"] = "principal",
-        seed: int = 0,
         **options: Any,
     ) -> "MatryoshkaKV":
         """Find means and principal components of each head's keys and values.
@@ -108,18 +106,13 @@ class MatryoshkaKV(KeyMethod):
             texts: calibration texts.
             tokens: of each text at most.
             generate: go on for so many tokens after each text and count them too; the paper has 50, after prompts.
-            start: ``random`` for bases that know nothing, to compare with.
-            seed: of random ones.
             options: none.
 
         Raises:
             InputError: no text, or one of fewer than two tokens.
         """
         layers, means, covariances = head_moments(model, texts, tokens=tokens, generate=generate)
-        if start == "random":
-            bases = random_bases(covariances.shape, torch.Generator().manual_seed(seed)).to(covariances)
-        else:
-            bases = principal_bases(covariances)
+        bases = principal_bases(covariances)
         self.fitted, self.fitted_to = {}, model.fingerprint
         for row, layer in enumerate(layers):
             self.fitted[f"layer.{layer}.bases"] = bases[row].float()

@@ -41,6 +41,7 @@ class Distillation:
             model. The paper says 0, its code 0.75.
         fixed_share: train at this share of every head's width alone, without drawing ranks (the ablation).
         seed: of the order of texts and of the ranks.
+        checkpoint_every: steps, where training has a folder.
     """
 
     steps: int = 1000
@@ -50,6 +51,7 @@ class Distillation:
     cross_entropy: float = 0.0
     fixed_share: float | None = None
     seed: int = 0
+    checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
         if not 0 <= self.cross_entropy <= 1:
@@ -66,7 +68,7 @@ class Distillation:
             learning_rate=self.learning_rate,
             warmup_fraction=0.1,
             decay_fraction=0.9,
-            checkpoint_every=50,
+            checkpoint_every=self.checkpoint_every,
             seed=self.seed,
         )
 

@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.data import corpus
-from apportion.keys.matryoshka_basis import HeadBases
+from apportion.keys.matryoshka_basis import HeadBases, random_bases
 from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.matryoshka_training import (
     Distillation,
@@ -74,13 +74,13 @@ class _Size:
     """
 
     tokens: int = 128
-    steps: int = 16
+    steps: int = 14
     rows: int = 40
     learning_rate: float = 4e-3
     calibration: int = 4
     calibration_tokens: int = 256
     evaluation: int = 5
-    evaluation_tokens: int = 80
+    evaluation_tokens: int = 64
     budgets: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5)
     low_budgets: tuple[float, ...] = (0.375, 0.25)
     fixed: float = 0.5
@@ -90,7 +90,7 @@ class _Size:
     at_once: int = 1
     layers: tuple[int, ...] = (4, 10, 20)
     layer_shares: tuple[float, ...] = (0.75, 0.5, 0.375, 0.25, 0.125)
-    layer_steps: int = 60
+    layer_steps: int = 40
     batch_size: int = 1
     dtype: str = "auto"
     device: str = "cpu"
@@ -185,15 +185,23 @@ class _Trials:
         self.evaluation, self.training = rest[: size.evaluation], rest[size.evaluation :][: size.rows]
         self.ids = torch.cat([encode_rows(lm, [text], size.evaluation_tokens)[:1] for text in self.evaluation])
         self.dense = self._predictions()
-        self._fits: dict[str, MatryoshkaKV] = {}
 
-    def _fitted(self, start: Literal["principal", "random"] = "principal") -> MatryoshkaKV:
-        """A copy; the calibration texts are read once."""
-        if start not in self._fits:
-            method = MatryoshkaKV(prompt="projected")
-            tokens = self.size.calibration_tokens
-            self._fits[start] = method.fit(self.lm, self.calibration, tokens=tokens, start=start, seed=self.seed)
-        return self._fits[start].at(0.5)
+    @cached_property
+    def _principal(self) -> MatryoshkaKV:
+        method = MatryoshkaKV(prompt="projected")
+        return method.fit(self.lm, self.calibration, tokens=self.size.calibration_tokens)
+
+    def _fitted(self) -> MatryoshkaKV:
+        """Principal components, as a copy that may be changed."""
+        return self._principal.at(0.5)
+
+    def _random(self) -> MatryoshkaKV:
+        """Random bases about the same means."""
+        method, generator = self._fitted(), torch.Generator().manual_seed(self.seed)
+        for name, tensor in method.fitted.items():
+            if name.endswith(".bases"):
+                method.fitted[name] = random_bases(tensor.shape, generator).to(tensor)
+        return method
 
     @torch.no_grad()
     def _predictions(self) -> tuple[float, Tensor]:
@@ -222,7 +230,7 @@ class _Trials:
     def untrained(self) -> dict[str, dict[str, float]]:
         """Random bases and principal components."""
         size = self.size
-        return self._at(_RANDOM, self._fitted("random"), size.budgets) | self._at(
+        return self._at(_RANDOM, self._random(), size.budgets) | self._at(
             _PCA, self._fitted(), (*size.budgets, *size.low_budgets)
         )
 
@@ -280,7 +288,11 @@ class _Trials:
         """Relative errors of attention outputs on other texts than were fitted to, as lengths (not squared)."""
         size = self.size
         train, test = (self._trace(texts) for texts in (self.calibration, self.evaluation))
-        arms = {_RANDOM: self._of_layers("random"), _PCA: self._of_layers(), "trained": self._of_layers()}
+        arms = {
+            _RANDOM: self._of_layers(self._random()),
+            _PCA: self._of_layers(self._fitted()),
+            "trained": self._of_layers(self._fitted()),
+        }
         how = Distillation(steps=size.layer_steps, learning_rate=1e-3, seed=self.seed)
         fit_to_attention(train, arms["trained"], how)
         found: dict[str, dict[str, float]] = {}
@@ -296,8 +308,7 @@ class _Trials:
     def _trace(self, texts: Sequence[str]) -> Trace:
         return record_trace(self.lm, texts, tokens=self.size.calibration_tokens, layers=self.size.layers)
 
-    def _of_layers(self, start: Literal["principal", "random"] = "principal") -> HeadBases:
-        whole = self._fitted(start)
+    def _of_layers(self, whole: MatryoshkaKV) -> HeadBases:
         rows = [f"layer.{layer}." for layer in self.size.layers]
         bases, means = (torch.stack([whole.fitted[row + what] for row in rows]) for what in ("bases", "means"))
         return HeadBases(self.size.layers, bases, means).to(self.lm.device)
