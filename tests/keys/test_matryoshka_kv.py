@@ -240,13 +240,13 @@ def test_the_papers_errors_are_divergences_with_one_entry_cut(lm: LanguageModel,
 
 @pytest.mark.parametrize("by", ["attention", "divergence"])
 def test_ranks_of_their_own_keep_the_budget(lm: LanguageModel, method: MatryoshkaKV, by: Any) -> None:
-    method.allocate(lm, TEXTS, 0.5, by=by, step=2, at_once=4, tokens=24)
+    method.allocate(lm, TEXTS, 0.75, by=by, step=4, at_once=3, tokens=24)
     ranks = method.ranks()
-    assert float(ranks.float().mean()) == 4
+    assert float(ranks.float().mean()) == 6
     assert len(ranks.unique()) > 1
     with method(lm) as run:
         lm.model.generate(encode_rows(lm, TEXTS, 20)[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
-        assert run.usage.share_held == 0.5
+        assert run.usage.share_held == 0.75
 
 
 # --- the method as a thing to keep -----------------------------------------------------------------------------------

@@ -111,6 +111,8 @@ class MatryoshkaKV(KeyMethod):
         Raises:
             InputError: no text, or one of fewer than two tokens.
         """
+        if options:
+            raise InputError(f"{', '.join(options)}: fit takes tokens and generate; training is distil's business")
         layers, means, covariances = head_moments(model, texts, tokens=tokens, generate=generate)
         bases = principal_bases(covariances)
         self.fitted, self.fitted_to = {}, model.fingerprint

@@ -51,16 +51,17 @@ class HeadSpace:
         self, vectors: Float[Tensor, "batch heads new d"], *, centred: bool = True
     ) -> Float[Tensor, "batch heads new padded"]:
         """Coordinates of vectors of key-value heads, or of query heads (which are not centred)."""
+        self._move_to(vectors)
         grouped = vectors.unflatten(1, (len(self.ranks), -1))
         if centred:
-            grouped = grouped - self.mean.to(vectors.dtype)[:, None, None]
-        return (grouped @ self.columns.to(vectors.dtype)[:, None]).flatten(1, 2)
+            grouped = grouped - self.mean[:, None, None]
+        return (grouped @ self.columns[:, None]).flatten(1, 2)
 
     def restore(self, mixed: Float[Tensor, "batch heads new padded"]) -> Float[Tensor, "batch heads new d"]:
         """What coordinates stand for, the mean included; heads as in `project`."""
+        self._move_to(mixed)
         grouped = mixed.unflatten(1, (len(self.ranks), -1))
-        back = grouped @ self.columns.mT.to(mixed.dtype)[:, None] + self.mean.to(mixed.dtype)[:, None, None]
-        return back.flatten(1, 2)
+        return (grouped @ self.columns.mT[:, None] + self.mean[:, None, None]).flatten(1, 2)
 
     def pack(self, coordinates: Float[Tensor, "batch groups new padded"]) -> Float[Tensor, "batch new numbers"]:
         """All heads side by side, without the padding."""
@@ -74,6 +75,10 @@ class HeadSpace:
             empty = packed.new_zeros(*packed.shape[:2], self.kept.numel())
             flat = empty.index_copy(2, self._places.to(packed.device), packed)
         return flat.unflatten(2, (len(self.ranks), self.padded)).transpose(1, 2)
+
+    def _move_to(self, vectors: Tensor) -> None:
+        """Once: the model's device and dtype are not known before its first tokens."""
+        self.columns, self.mean = self.columns.to(vectors), self.mean.to(vectors)
 
 
 class ProjectedStore(Store):
