@@ -2,6 +2,5 @@
 
 import importlib
 
-for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys"):
-for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "prefill"):
+for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "prefill"):
     importlib.import_module(f"benchmarks.{_name}")

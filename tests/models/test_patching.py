@@ -7,10 +7,18 @@ import torch
 
 from apportion.errors import InputError
 from apportion.models import LanguageModel, Site
-from apportion.models.heads import HeadEdit, edit_heads, head_outputs, write_weight, written_by_heads
+from apportion.models.heads import (
+    HeadEdit,
+    edit_heads,
+    head_outputs,
+    heads_written_by,
+    write_weight,
+    written_by_heads,
+)
 from apportion.models.patching import ablate_heads, attribute_heads, keep_heads, mean_outputs, patch_heads
 from apportion.models.prompts import TokenPairs, TokenPrompts, judge, predict
 from apportion.models.restart import Restart
+from apportion.models.splice import splice
 
 FAMILIES = [
     "llama", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "phi", "gpt2", "gpt_neox", "opt", "opt_350m",
@@ -199,3 +207,17 @@ def test_metrics_read_answers_and_distractors_and_never_the_filling() -> None:
 def test_what_cannot_be_is_refused(llama: Any, call: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
         call(LanguageModel("tiny", llama, None), token_pairs())
+
+
+@torch.no_grad()
+def test_another_projection_reads_the_heads_and_is_gone_afterwards(lm: LanguageModel) -> None:
+    ids = token_pairs().clean.input_ids
+    before = lm.model(ids).logits
+    weight, bias = write_weight(lm, 1), torch.linspace(-1, 1, lm.d_model)
+    with heads_written_by(lm, 1, weight, bias):
+        found = lm.model(ids).logits
+    with splice(lm, Site(1, "attn_out"), lambda written: written + bias):
+        expected = lm.model(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, before, atol=1e-3)
+    assert torch.equal(lm.model(ids).logits, before)

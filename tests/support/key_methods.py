@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.seer_attention import GateRecipe, SeerAttention
 from apportion.keys.selectors import Oracle
 from apportion.models.key_door import LayerFacts, LayerMemory
@@ -44,4 +45,5 @@ EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "seer_attention, decode": lambda lm: SeerAttention(
         size=4, width=8, decode=True, budget=KeyBudget(share=1.0), recipe=GateRecipe(steps=1)
     ),
+    "matryoshka_kv": lambda lm: MatryoshkaKV(share=1.0),
 }

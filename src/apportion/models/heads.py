@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apportion.errors import InputError
 from apportion.models.capture import capture
+from apportion.models.families import blocks_of, layout_of, transformer_of
 from apportion.models.language import LanguageModel
 from apportion.models.site import Site
 from apportion.models.splice import splice
@@ -34,14 +35,48 @@ def head_outputs(
     return side_by_side.unflatten(-1, (model.n_heads, model.head_width))
 
 
-def write_weight(model: LanguageModel, layer: int) -> Float[Tensor, "heads width d_model"]:
-    """The slice of a layer's output projection that maps each head's output to what it writes; biases stay out."""
-    module, _ = Site(layer, "heads").resolve(model)
+def write_weight(model: Any, layer: int) -> Float[Tensor, "heads width d_model"]:
+    """The slice of a layer's output projection that maps each head's output to what it writes; biases stay out.
+
+    Args:
+        model: a `LanguageModel` or a transformers model.
+        layer: its number.
+    """
+    inner: Any = transformer_of(model)
+    module, _ = Site(layer, "heads").resolve(inner)
     weight = module.weight
     assert isinstance(weight, Tensor)
     # GPT-2's Conv1D keeps [in, out], Linear [out, in].
     into_first = weight.T if isinstance(module, nn.Linear) else weight
-    return into_first.detach().unflatten(0, (model.n_heads, model.head_width))
+    return into_first.detach().unflatten(0, (int(inner.config.get_text_config().num_attention_heads), -1))
+
+
+@contextlib.contextmanager
+def heads_written_by(
+    model: Any, layer: int, weight: Float[Tensor, "heads width d_model"], bias: Float[Tensor, " d_model"]
+) -> Iterator[None]:
+    """In a ``with`` block, another projection maps what a layer's heads put out, of whatever width, to the stream.
+
+    Args:
+        model: a `LanguageModel` or a transformers model; afterwards it is as it was.
+        layer: its number.
+        weight: of each head, in place of `write_weight`.
+        bias: added to the layer's own, where it has one.
+    """
+    inner: Any = transformer_of(model)
+    block, path = blocks_of(inner)[layer], layout_of(inner).attention_output
+    own = block.get_submodule(path)
+    inputs = weight.flatten(0, 1)
+    projection = nn.Linear(inputs.shape[0], inputs.shape[1]).requires_grad_(False).to(inputs)
+    before: Any = getattr(own, "bias", None)
+    with torch.no_grad():
+        projection.weight.copy_(inputs.T)
+        projection.bias.copy_(bias if before is None else bias + before)
+    block.set_submodule(path, projection)
+    try:
+        yield
+    finally:
+        block.set_submodule(path, own)
 
 
 def written_by_heads(
