@@ -10,6 +10,7 @@ token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod`
 from apportion.keys.budget import KeyBudget, Usage
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
+from apportion.keys.routing_transformer import FollowTokens, Routed, RoutingAttention, RoutingSettings
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
@@ -17,10 +18,14 @@ from apportion.keys.trace import Trace, compare_on_trace, record_trace
 __all__ = [
     "ComposedMemory",
     "ExactStore",
+    "FollowTokens",
     "KeyBudget",
     "KeyMethod",
     "KeySelection",
     "OpenMethod",
+    "Routed",
+    "RoutingAttention",
+    "RoutingSettings",
     "Selector",
     "Store",
     "Trace",
