@@ -11,6 +11,8 @@ from apportion.keys.budget import KeyBudget, Usage
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
 from apportion.keys.routing_transformer import FollowTokens, Routed, RoutingAttention, RoutingSettings
+from apportion.keys.sea import SeaAttention, SeaOutput, SeaSettings
+from apportion.keys.sea_distillation import attention_losses, fit_to_trace, mass_on_trace, model_loss
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
@@ -26,11 +28,18 @@ __all__ = [
     "Routed",
     "RoutingAttention",
     "RoutingSettings",
+    "SeaAttention",
+    "SeaOutput",
+    "SeaSettings",
     "Selector",
     "Store",
     "Trace",
     "Usage",
+    "attention_losses",
     "compare_on_trace",
+    "fit_to_trace",
+    "mass_on_trace",
+    "model_loss",
     "read_method",
     "record_trace",
 ]

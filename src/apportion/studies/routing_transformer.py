@@ -214,7 +214,7 @@ def _notes(size: _Size) -> list[str]:
         f"{size.batch} texts for every arm, centroid decay {size.decay}; judged on {size.texts} other texts. Nothing "
         "was tuned for any arm.",
         "Random routing draws its clusters anew at every pass, in evaluation too, by the strictly causal rule.",
-        "Looked at before the sizes were settled (one seed each, which is not among those counted): 8 pairs at width 64 "
+        "Looked at before the sizes were settled (one seed each, not among those counted): 8 pairs at width 64 "
         "(local heads reach .21 and random routing .39 of a chance of .06 there, since many pairs are near), 16 pairs "
         "at width 128 with 600 steps (all routing arms at chance until step 300), 16 pairs at width 64 with 1000 "
         "steps, which is the default.",
