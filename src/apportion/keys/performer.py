@@ -83,7 +83,11 @@ class PerformerFeatures(nn.Module):
 
 def orthogonal_directions(features: int, width: int) -> Float[Tensor, "features width"]:
     """Random directions of the lengths of Gaussian vectors, orthogonal in blocks of ``width``."""
-    blocks = [torch.linalg.qr(torch.randn(width, width)).Q.T for _ in range(math.ceil(features / width))]
+    blocks = []
+    for _ in range(math.ceil(features / width)):
+        orthogonal, triangle = torch.linalg.qr(torch.randn(width, width))
+        # The signs that a decomposition happens to give prefer one half of all directions.
+        blocks.append((orthogonal * triangle.diagonal().sign()).T)
     lengths = torch.randn(features, width).norm(dim=1, keepdim=True)
     return torch.cat(blocks)[:features] * lengths
 
