@@ -63,6 +63,26 @@ def spread_estimate(
     return spread / spread.sum(-1, keepdim=True).clamp_min(1e-30)
 
 
+def table_loss(
+    teacher: Float[Tensor, "batch heads n n"],
+    student: Float[Tensor, "batch heads n n"],
+    real: Bool[Tensor, "batch n"],
+    causal: bool,
+) -> Float[Tensor, ""]:
+    """``0.1 * KL(teacher || student) + MSE``: the mean over queries, and over pairs that a query may read.
+
+    Args:
+        teacher: attention weights.
+        student: attention weights, estimated or its own.
+        real: False for padding.
+        causal: whether a query may read later tokens.
+    """
+    pairs = _seen(real, causal).expand_as(teacher)
+    logs = student.clamp_min(1e-9).log()
+    divergence = (teacher * (teacher.clamp_min(1e-9).log() - logs)).sum() / (real.sum() * teacher.shape[1])
+    return KL_WEIGHT * divergence + mse_loss(student[pairs], teacher[pairs])
+
+
 def attention_losses(
     output: SeaOutput,
     queries: Float[Tensor, "batch heads n d"],
@@ -86,8 +106,8 @@ def attention_losses(
     rows = real[:, None, :, None].expand_as(teacher_context)
     own = dense_attention(queries, keys, real, causal)
     return SeaLosses(
-        _apart(teacher, spread_estimate(output.estimate, real, causal), real, causal),
-        _apart(teacher, own, real, causal),
+        table_loss(teacher, spread_estimate(output.estimate, real, causal), real, causal),
+        table_loss(teacher, own, real, causal),
         mse_loss(output.context[rows], teacher_context[rows]),
     )
 
@@ -162,7 +182,7 @@ def fit_to_trace(
     def objective(module: SeaAttention, batch: tuple[Tensor, ...], step: int) -> tuple[Tensor, dict[str, float]]:
         queries, keys, values, exact, real = batch
         estimate = module(queries, keys, values, real).estimate
-        return _apart(exact, spread_estimate(estimate, real, settings.causal), real, settings.causal), {}
+        return table_loss(exact, spread_estimate(estimate, real, settings.causal), real, settings.causal), {}
 
     result = train(sea, objective, draw, training, None, progress=progress)
     return sea.eval(), result
@@ -184,11 +204,3 @@ def _by_head(step: Step) -> tuple[Tensor, Tensor, Tensor]:
 def _seen(real: Tensor, causal: bool) -> Tensor:
     pairs = (real[:, :, None] & real[:, None, :])[:, None]
     return pairs & torch.ones_like(pairs).tril() if causal else pairs
-
-
-def _apart(teacher: Tensor, student: Tensor, real: Tensor, causal: bool) -> Tensor:
-    """``0.1 * KL(teacher || student) + MSE``: the mean over queries, and over pairs that a query may read."""
-    pairs = _seen(real, causal).expand_as(teacher)
-    logs = student.clamp_min(1e-9).log()
-    divergence = (teacher * (teacher.clamp_min(1e-9).log() - logs)).sum() / (real.sum() * teacher.shape[1])
-    return KL_WEIGHT * divergence + mse_loss(student[pairs], teacher[pairs])
