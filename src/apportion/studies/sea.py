@@ -362,8 +362,8 @@ def _notes(size: _Size) -> list[str]:
         f"{task.pairs} pairs of {task.keys} keys and {task.values} values, {task.length} tokens, chance "
         f"{task.chance:.3g}; width {size.width}, {size.heads} heads. Teacher: {size.teacher_steps} steps of "
         f"{size.batch} texts at 4e-3. Students: {size.steps} steps at {size.rate:g}, what is new in "
-        f"them at ten times that; {size.keys} keys a head, {size.columns} columns, {size.sea(SEA).features} features of linear attention (the "
-        "same for Performer). No rate was tuned for any arm.",
+        f"them at ten times that; {size.keys} keys a head, {size.columns} columns, "
+        f"{size.sea(SEA).features} features of linear attention (Performer's too). No rate was tuned for any arm.",
         "All students have the same losses (hidden state, logits, answers, own attention against the teacher's, output "
         "of the heads); SEA's have that of the estimator too. Random keys are drawn anew at every pass.",
         f"The window reads {SINKS} first token and the newest ones. The attention that is read is that of asked "
