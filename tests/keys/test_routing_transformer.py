@@ -249,7 +249,9 @@ def members_of(clusters: Centroids, vectors: Tensor) -> list[Tensor]:
 
 
 def test_centroids_move_towards_the_mean_of_their_members_and_empty_ones_stay() -> None:
-    clusters = Centroids(1, 4, 6, 0.9, 1e-5, "normal")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        clusters = Centroids(1, 4, 6, 0.9, 1e-5, "normal")
     towards = torch.tensor([5.0, -1, -1, -1, -1, -1])
     clusters.centroids[0, 3] = -towards
     vectors = layer_norm(draw(1, 1, 30, 6) + towards, (6,))  # none in the direction of the last

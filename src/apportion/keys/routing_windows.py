@@ -167,9 +167,9 @@ def _without_self(seen: Tensor, own: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, real: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Of each cluster the best tokens, in time, and whether they are real: [batch, heads, clusters, window]."""
+    """Of each cluster the best tokens, in any order, and whether they are real: [batch, heads, clusters, window]."""
     scores = scores.masked_fill(~real[:, None, :, None], -torch.inf)
-    indices = scores.topk(window, dim=2).indices.sort(dim=2).values.transpose(2, 3)
+    indices = scores.topk(window, dim=2).indices.transpose(2, 3)
     return indices, real[:, None, None].expand(*indices.shape[:3], -1).gather(3, indices)
 
 

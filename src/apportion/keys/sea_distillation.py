@@ -77,10 +77,11 @@ def table_loss(
         real: False for padding.
         causal: whether a query may read later tokens.
     """
-    pairs = _seen(real, causal).expand_as(teacher)
+    pairs, heads = _seen(real, causal), teacher.shape[1]
     logs = student.clamp_min(1e-9).log()
-    divergence = (teacher * (teacher.clamp_min(1e-9).log() - logs)).sum() / (real.sum() * teacher.shape[1])
-    return KL_WEIGHT * divergence + mse_loss(student[pairs], teacher[pairs])
+    divergence = (teacher * (teacher.clamp_min(1e-9).log() - logs)).sum() / (real.sum() * heads)
+    squares = ((student - teacher).square() * pairs).sum() / (pairs.sum() * heads)
+    return KL_WEIGHT * divergence + squares
 
 
 def attention_losses(
@@ -103,12 +104,12 @@ def attention_losses(
         real: False for padding.
         causal: as the layer is.
     """
-    rows = real[:, None, :, None].expand_as(teacher_context)
+    apart = (output.context - teacher_context).square() * real[:, None, :, None]
     own = dense_attention(queries, keys, real, causal)
     return SeaLosses(
         table_loss(teacher, spread_estimate(output.estimate, real, causal), real, causal),
         table_loss(teacher, own, real, causal),
-        mse_loss(output.context[rows], teacher_context[rows]),
+        apart.sum() / (real.sum() * apart.shape[1] * apart.shape[3]),
     )
 
 

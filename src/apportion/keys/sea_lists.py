@@ -35,7 +35,11 @@ class KeyLists:
         """The lists of a mask."""
         counts = mask.flatten(0, 2).sum(1)
         crow = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(crow, mask.nonzero()[:, 3], (mask.shape[0], mask.shape[1], mask.shape[2], mask.shape[3]))
+        return cls(
+            crow,
+            mask.flatten().nonzero().squeeze(1) % mask.shape[3],
+            (mask.shape[0], mask.shape[1], mask.shape[2], mask.shape[3]),
+        )
 
     def mask(self) -> Bool[Tensor, "batch heads queries keys"]:
         """The same as a mask."""
