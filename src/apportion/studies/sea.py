@@ -363,16 +363,16 @@ def _notes(size: _Size) -> list[str]:
     return [
         f"{task.pairs} pairs of {task.keys} keys and {task.values} values, {task.length} tokens, chance "
         f"{task.chance:.3g}; width {size.width}, {size.heads} heads. Teacher: {size.teacher_steps} steps of "
-        f"{size.batch} texts at 4e-3. Students: {size.steps} steps of {size.student_batch} texts at {size.rate:g}, what "
-        f"is new in them at ten times that; {size.keys} keys a head, {size.columns} columns, "
+        f"{size.batch} texts at 4e-3. Students: {size.steps} steps of {size.student_batch} texts at {size.rate:g}, "
+        f"what is new in them at ten times that; {size.keys} keys a head, {size.columns} columns, "
         f"{size.sea(SEA).features} features of linear attention (Performer's too).",
         "All students have the same losses (hidden state, logits, answers, own attention against the teacher's, output "
         "of the heads); SEA's have that of the estimator too. Random keys are drawn anew at every pass.",
-        f"The window reads {SINKS} first token and the newest ones. The attention that is read is that of asked keys; "
-        "what is judged on are other texts than those of training.",
-        "Looked at before the sizes were settled, on a seed that does not count: SEA at rates 3e-4 and 1e-3, with 2 and "
-        "4 heads, 89 to 887 features and 250 to 400 steps (recall .29 to .34, attention read .24 to .26 in all), a "
+        f"The window reads {SINKS} first token and the newest ones. The attention that is read is that of asked "
+        "keys; what is judged on are other texts than those of training.",
+        "Looked at before the sizes were settled, on a seed that does not count: SEA at rates 3e-4 and 1e-3, with 2 "
+        "and 4 heads, 89 to 887 features and 250 to 400 steps (recall .29 to .34, attention read .24 to .26 in all), a "
         "window at 3e-4 (.06) and random keys at 1e-3 (.29). The rate was taken for SEA's sake and is everyone's.",
-        "Against the method sheet, `default` has n = 64 for 128 to 256, 300 steps for 500 to 800, batches of 8, and half "
-        "of the paper's features.",
+        "Against the method sheet, `default` has n = 64 for 128 to 256, 300 steps for 500 to 800, batches of 8, and "
+        "half of the paper's features.",
     ]
