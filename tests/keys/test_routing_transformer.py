@@ -249,12 +249,11 @@ def members_of(clusters: Centroids, vectors: Tensor) -> list[Tensor]:
 
 
 def test_centroids_move_towards_the_mean_of_their_members_and_empty_ones_stay() -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        clusters = Centroids(1, 4, 6, 0.9, 1e-5, "normal")
+    clusters = Centroids(1, 4, 6, 0.9, 1e-5, "normal")
     towards = torch.tensor([5.0, -1, -1, -1, -1, -1])
-    clusters.centroids[0, 3] = -towards
-    vectors = layer_norm(draw(1, 1, 30, 6) + towards, (6,))  # none in the direction of the last
+    vectors = layer_norm(draw(1, 1, 30, 6) + towards, (6,))
+    clusters.centroids[0] = torch.cat([vectors[0, 0, :3], -towards[None]])  # nobody is near the last
+    clusters.sums.copy_(clusters.centroids)
     members, before = members_of(clusters, vectors), clusters.centroids.clone()
     assert [len(each) > 0 for each in members] == [True, True, True, False]
     clusters.see([(vectors, clusters.scores(vectors))], torch.ones(1, 30, dtype=torch.bool))
@@ -288,6 +287,17 @@ def test_the_update_does_not_depend_on_the_order_of_the_batch_nor_on_padding_or_
     for each in (short, hidden):
         each.update_centroids()
     torch.testing.assert_close(short.clusters.centroids, hidden.clusters.centroids)
+
+
+def test_members_in_all_processes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, alone, one_of_two = draw(2, 20, 24), layer().train(), layer().train()
+    alone(torch.cat([x, x]))
+    alone.update_centroids()
+    one_of_two(x)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # the other one saw the same
+    one_of_two.update_centroids()
+    torch.testing.assert_close(alone.clusters.centroids, one_of_two.clusters.centroids)
 
 
 def test_nothing_moves_in_eval_mode() -> None:

@@ -99,6 +99,7 @@ class _Size:
     budgets: tuple[int, ...] = (4, 8, 16, 32)
     arms: tuple[str, ...] = (SEA, ALONE, WINDOW, RANDOM, ORACLE, PERFORMER, DENSE)
     traced: "_TraceSize | None" = None
+    device: str = "cpu"
 
     @property
     def task(self) -> Recall:
@@ -158,7 +159,9 @@ _SIZES: dict[Scale, _Size] = {
     ),
     "default": _Size(),
     "long": _LONG,
-    "gpu": replace(_LONG, pairs=64, alphabet=128, columns=64, keys=16, batch=32, budgets=(8, 16, 32, 64)),
+    "gpu": replace(
+        _LONG, pairs=64, alphabet=128, columns=64, keys=16, batch=32, budgets=(8, 16, 32, 64), device="cuda"
+    ),
 }
 
 
@@ -206,10 +209,10 @@ def _attention(size: _Size, arm: str) -> nn.Module:
 
 def _students(size: _Size, seed: int, bench: Workbench) -> dict[str, Figures]:
     """Train a teacher and all students of it, and judge them."""
-    texts = size.task.draw(size.texts, _EVALUATION_SEED)
+    texts = size.task.draw(size.texts, _EVALUATION_SEED).to(size.device)
     with torch.random.fork_rng():
         torch.manual_seed(_FIRST_SEED + seed)
-        teacher = RecallModel(size.task, size.width, Layer(size.width, size.heads))
+        teacher = RecallModel(size.task, size.width, Layer(size.width, size.heads)).to(size.device)
         bench.say(f"seed {seed}: teacher")
         train_recall(teacher, RecallTraining(size.teacher_steps, size.batch), _FIRST_SEED + seed)
         teacher.eval().requires_grad_(False)
@@ -227,7 +230,7 @@ def _students(size: _Size, seed: int, bench: Workbench) -> dict[str, Figures]:
 
 def _distil(size: _Size, teacher: RecallModel, arm: str, seed: int) -> RecallModel:
     student = copy.deepcopy(teacher).requires_grad_(True)
-    new = _attention(size, arm)
+    new = _attention(size, arm).to(size.device)
     student.attention.attend = new
     training = RecallTraining(size.steps, size.student_batch, size.rate)
 

@@ -103,7 +103,7 @@ class Chosen(nn.Module):
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, dict[str, Any]]:
         scores = self.scores(queries.detach(), keys.detach())
         n = scores.shape[-1]
-        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool, device=scores.device).triu(1), -torch.inf)
         best = scores.topk(min(self.budget, n), dim=-1)
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best.indices, best.values > -torch.inf)
         lists = KeyLists.of_mask(mask)
@@ -113,7 +113,7 @@ class Chosen(nn.Module):
 def recent(queries: Tensor, keys: Tensor) -> Tensor:
     """Scores by which sinks come first and then the newest keys."""
     n = keys.shape[2]
-    age = torch.arange(n, dtype=torch.float32)
+    age = torch.arange(n, dtype=torch.float32, device=keys.device)
     age[:SINKS] = n
     return age.expand(*queries.shape[:3], n)
 
@@ -125,7 +125,7 @@ def products(queries: Tensor, keys: Tensor) -> Tensor:
 
 def at_random(queries: Tensor, keys: Tensor) -> Tensor:
     """Scores that are drawn anew at every pass."""
-    return torch.rand(*queries.shape[:3], keys.shape[2])
+    return torch.rand(*queries.shape[:3], keys.shape[2], device=keys.device)
 
 
 class Linear(nn.Module):
