@@ -10,6 +10,9 @@ token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod`
 from apportion.keys.budget import KeyBudget, Usage
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
+from apportion.keys.routing_transformer import FollowTokens, Routed, RoutingAttention, RoutingSettings
+from apportion.keys.sea import SeaAttention, SeaOutput, SeaSettings
+from apportion.keys.sea_distillation import attention_losses, fit_to_trace, mass_on_trace, model_loss
 from apportion.keys.seer_attention import SeerAttention
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.stores import ExactStore, Store
@@ -18,16 +21,27 @@ from apportion.keys.trace import Trace, compare_on_trace, record_trace
 __all__ = [
     "ComposedMemory",
     "ExactStore",
+    "FollowTokens",
     "KeyBudget",
     "KeyMethod",
     "KeySelection",
     "OpenMethod",
+    "Routed",
+    "RoutingAttention",
+    "RoutingSettings",
+    "SeaAttention",
+    "SeaOutput",
+    "SeaSettings",
     "SeerAttention",
     "Selector",
     "Store",
     "Trace",
     "Usage",
+    "attention_losses",
     "compare_on_trace",
+    "fit_to_trace",
+    "mass_on_trace",
+    "model_loss",
     "read_method",
     "record_trace",
 ]

@@ -1,0 +1,24 @@
+"""The study of SEA: one run of all of it on little."""
+
+import pytest
+
+from apportion.studies import sea
+from apportion.studies.workbench import Workbench
+
+
+@pytest.mark.slow
+def test_the_smoke_run_measures_everything() -> None:
+    finding = sea.run("smoke", [0, 1], Workbench())
+    found = {(row.name, row.metric): row for row in finding.rows}
+    keys = "keys per head and asked query"
+    for arm in (sea.SEA, sea.ALONE, sea.WINDOW, sea.RANDOM, sea.ORACLE):
+        assert found[f"recall: {arm}", "accuracy"].n == 2
+        # Budgets are in columns: a key more or less for each head.
+        assert found[f"recall: {arm}", keys].mean == pytest.approx(2, abs=0.5)
+    for arm in (sea.PERFORMER, sea.DENSE, "teacher"):
+        assert found[f"recall: {arm}", "accuracy"].n == 2
+    read = "teacher's attention that is read"
+    masses = {arm: found[f"recall: {arm}", read].mean for arm in (sea.ORACLE, sea.RANDOM)}
+    assert masses[sea.ORACLE] > masses[sea.RANDOM]
+    assert 0 < found[f"recall: {sea.SEA}", "weight of what is read"].mean < 1
+    assert sum(each.part_of_verdict for each in finding.comparisons) == 5
