@@ -71,7 +71,7 @@ class _Watcher(LayerMemory):
 
 @torch.no_grad()
 def watch_steps(
-    model: LanguageModel, texts: Iterable[Int[Tensor, " tokens"]], show: Callable[[int, Step], None]
+    model: LanguageModel, texts: Iterable[Int[Tensor, "_"]], show: Callable[[int, Step], None]
 ) -> None:
     """Run texts through a decoder and show what its full-attention layers are given, without keeping any of it.
 
@@ -126,12 +126,14 @@ def record_trace(
     return Trace({layer: known[layer] for layer in wanted}, steps)
 
 
-def encode_texts(model: LanguageModel, texts: Sequence[str], tokens: int) -> list[Int[Tensor, " tokens"]]:
-    """Token ids of the beginning of each text.
+def encode_texts(model: LanguageModel, texts: Sequence[str], tokens: int) -> list[Int[Tensor, "_"]]:
+    """Token ids of the beginning of each text: at most ``tokens``, and no more than the model has positions.
 
     Raises:
         InputError: a text of fewer than two tokens.
     """
+    longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = min(tokens, longest or tokens)
     encoded = []
     for number, text in enumerate(texts):
         ids = model.tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"][0]
