@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys.cskv import CSKV
 from apportion.keys.selectors import Oracle
 from apportion.models.key_door import LayerFacts, LayerMemory
 
@@ -36,4 +37,6 @@ class NeedsFit(Keeps):
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
+    "cskv": lambda lm: CSKV(key_density=1.0, value_density=1.0, window=4),
+    "cskv, no window": lambda lm: CSKV(key_density=1.0, value_density=1.0, window=0),
 }
