@@ -70,9 +70,7 @@ class _Watcher(LayerMemory):
 
 
 @torch.no_grad()
-def watch_steps(
-    model: LanguageModel, texts: Iterable[Int[Tensor, "_"]], show: Callable[[int, Step], None]
-) -> None:
+def watch_steps(model: LanguageModel, texts: Iterable[Int[Tensor, "_"]], show: Callable[[int, Step], None]) -> None:
     """Run texts through a decoder and show what its full-attention layers are given, without keeping any of it.
 
     Args:
