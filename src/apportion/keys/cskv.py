@@ -56,10 +56,10 @@ from apportion.keys.low_rank import (
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
 from apportion.keys.quantising import CodeCache, quantisers
-from apportion.keys.reconstruction import Reconstruction, pieces_of, train_factors
+from apportion.keys.reconstruction import Reconstruction, model_batches, pieces_of, train_factors
 from apportion.keys.trace import encode_texts
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, LayerMemory, layer_facts
+from apportion.models.key_door import LayerFacts, layer_facts
 from apportion.models.key_projections import KeyProjections, key_projections
 
 INITS = ("exact", "svd", "asvd", "random")
@@ -143,14 +143,16 @@ class CSKV(KeyMethod):
         encoded = encode_texts(model, texts, tokens)
         projections = key_projections(model)
         factors = self.initial_factors(model, projections, measure_moments(model, encoded, projections))
-        if self.training is not None:
+        if (training := self.training) is not None:
+            pieces = pieces_of(encoded, training.length)
             factors, _ = train_factors(
-                model,
-                pieces_of(encoded, self.training.length),
+                model_batches(model, pieces, sorted(factors), training.seed),
+                training.steps or training.epochs * len(pieces),
                 factors,
                 projections,
-                quantisers(self.bits if self.training.quantised else None, self.group),
-                self.training,
+                quantisers(self.bits if training.quantised else None, self.group),
+                training,
+                device=model.device,
                 folder=folder,
                 provenance=self._provenance(model, encoded),
                 progress=progress,
@@ -195,7 +197,7 @@ class CSKV(KeyMethod):
         return found
 
     @override
-    def memory(self, facts: LayerFacts) -> LayerMemory:
+    def memory(self, facts: LayerFacts) -> ComposedMemory:
         tensors = self.of_layer(facts.layer)
         factors = {part: Factors.of_layer(tensors, part) for part in PARTS}
         codes = {part: CodeCache(each) for part, each in quantisers(self.bits, self.group).items()}

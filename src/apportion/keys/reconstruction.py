@@ -5,7 +5,7 @@ factors change. ``loss = sum over layers of MSE(K, K^) + MSE(V, V^)``, means ove
 keys; turning is an isometry, so unrotated ones give the same loss.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,27 +110,29 @@ class LayerReconstructions(nn.Module):
 
 
 def train_factors(
-    model: LanguageModel,
-    pieces: Sequence[Int[Tensor, "_"]],
+    batches: Callable[[int], Batch],
+    steps: int,
     factors: Mapping[int, Mapping[str, Factors]],
     projections: Mapping[int, KeyProjections],
     quantisers: Mapping[str, Quantiser | None],
     settings: Reconstruction,
     *,
+    device: torch.device | str = "cpu",
     folder: Path | str | None = None,
     provenance: Mapping[str, str | int | float | bool | None] | None = None,
     progress: bool = True,
     stop_after: int | None = None,
 ) -> tuple[dict[int, dict[str, Factors]], TrainingResult]:
-    """Train the factors of some layers on the keys and values that a model makes of pieces of text.
+    """Train the factors of some layers to rebuild the keys and values of a model.
 
     Args:
-        model: runs with exact attention, once a step.
-        pieces: token ids; a step takes one.
-        factors: to begin with; only their layers are trained.
+        batches: what the layers made of a piece of text, by step; see `model_batches`.
+        steps: how many.
+        factors: to begin with, of the layers to train.
         projections: of the model's layers.
         quantisers: by part.
         settings: how.
+        device: to train on.
         folder: see `train`; a run that was interrupted goes on from its checkpoint.
         provenance: see `train`.
         progress: show it.
@@ -145,17 +147,12 @@ def train_factors(
     group = None if (quantiser := quantisers["keys"]) is None else quantiser.group
     if group and settings.length % group:
         raise InputError(f"length={settings.length}: with quantised codes a multiple of group={group} tokens")
-    module = LayerReconstructions(factors, projections, quantisers).to(model.device)
-    order = _Order(len(pieces), settings.seed)
-
-    def batches(step: int) -> Batch:
-        return _batch(model, pieces[order.piece(step)], module.layers)
+    module = LayerReconstructions(factors, projections, quantisers).to(device)
 
     def objective(module: LayerReconstructions, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
         losses = module(batch)
         return losses["keys"] + losses["values"], {f"{part}_error": loss.detach() for part, loss in losses.items()}
 
-    steps = settings.steps or settings.epochs * len(pieces)
     result = train(
         module,
         objective,
@@ -172,6 +169,36 @@ def train_factors(
     return trained, result
 
 
+def model_batches(
+    model: LanguageModel, pieces: Sequence[Int[Tensor, "_"]], layers: Sequence[int], seed: int
+) -> Callable[[int], Batch]:
+    """What a model's layers make of a piece of text, a piece a step: all once in each epoch, in an order of its own."""
+
+    def batch(step: int) -> Batch:
+        epoch, place = divmod(step, len(pieces))
+        draw = torch.Generator().manual_seed(seed + 7919 * epoch)
+        ids = pieces[int(torch.randperm(len(pieces), generator=draw)[place])]
+        found: dict[int, Step] = {}
+        watch_steps(model, [ids], found.__setitem__)
+        return batch_of([found[layer] for layer in layers])
+
+    return batch
+
+
+def batch_of(steps: Sequence[Step]) -> Batch:
+    """What training takes of one step of each of some layers.
+
+    Raises:
+        InputError: the layers do not say what they were given.
+    """
+    batch: list[Tensor] = []
+    for step in steps:
+        if step.hidden is None:
+            raise InputError("this model does not say what its attention layers are given, which training needs")
+        batch += [x.float() for x in joint_parts(step).values()] + [step.hidden.float()]
+    return tuple(batch)
+
+
 def pieces_of(texts: Sequence[Int[Tensor, "_"]], length: int) -> list[Int[Tensor, "_"]]:
     """The whole pieces of that many tokens in some texts; what is left over at the end of each is dropped.
 
@@ -185,30 +212,6 @@ def pieces_of(texts: Sequence[Int[Tensor, "_"]], length: int) -> list[Int[Tensor
             f"length={length}: the longest calibration text has {longest} tokens; give longer ones, or less"
         )
     return pieces
-
-
-class _Order:
-    """Which piece a step takes: all once in each epoch, in an order of its own."""
-
-    def __init__(self, pieces: int, seed: int) -> None:
-        self._pieces, self._seed = pieces, seed
-
-    def piece(self, step: int) -> int:
-        epoch, place = divmod(step, self._pieces)
-        draw = torch.Generator().manual_seed(self._seed + 7919 * epoch)
-        return int(torch.randperm(self._pieces, generator=draw)[place])
-
-
-def _batch(model: LanguageModel, ids: Tensor, layers: Sequence[int]) -> Batch:
-    found: dict[int, Step] = {}
-    watch_steps(model, [ids], found.__setitem__)
-    batch: list[Tensor] = []
-    for layer in layers:
-        step = found[layer]
-        if step.hidden is None:
-            raise InputError("this model does not say what its attention layers are given, which training needs")
-        batch += [x.float() for x in joint_parts(step).values()] + [step.hidden.float()]
-    return tuple(batch)
 
 
 def _name(layer: int, part: str) -> str:
