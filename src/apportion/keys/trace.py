@@ -108,19 +108,30 @@ def record_trace(
     Raises:
         InputError: no text, a text that is too short, a layer that is not of full attention, an unsuitable model.
     """
+    if not texts:
+        raise InputError("texts is empty: a trace needs at least one text")
+    return record_tokens(model, encode_texts(model, texts, tokens), layers=layers, hidden=hidden)
+
+
+def record_tokens(
+    model: LanguageModel,
+    texts: Iterable[Int[Tensor, "_"]],
+    *,
+    layers: Iterable[int] | None = None,
+    hidden: bool = False,
+) -> Trace:
+    """`record_trace` of texts that are token ids already."""
     known = {each.layer: each for each in layer_facts(model)}
     wanted = list(known) if layers is None else list(layers)
     if missing := [layer for layer in wanted if layer not in known]:
         raise InputError(f"layers={missing}: {model.name} has full attention in {', '.join(map(str, known))}")
-    if not texts:
-        raise InputError("texts is empty: a trace needs at least one text")
     steps: dict[int, list[Step]] = {layer: [] for layer in wanted}
 
     def keep(layer: int, step: Step) -> None:
         if layer in steps:
             steps[layer].append(step if hidden else replace(step, hidden=None))
 
-    watch_steps(model, encode_texts(model, texts, tokens), keep)
+    watch_steps(model, texts, keep)
     return Trace({layer: known[layer] for layer in wanted}, steps)
 
 
