@@ -38,8 +38,9 @@ from apportion.keys.low_rank import (
     at_random,
     biases_of,
     from_weights,
-    measure_moments,
+    joint_parts,
     principal,
+    rank_of,
     relative_error,
 )
 from apportion.keys.quantising import quantisers
@@ -49,7 +50,7 @@ from apportion.keys.selectors import SinksAndRecent
 from apportion.keys.side_by_side import MakeComposed, read_on
 from apportion.keys.trace import encode_texts, record_tokens
 from apportion.models import LanguageModel, load
-from apportion.models.key_projections import key_projections
+from apportion.models.key_projections import KeyProjections, key_projections
 from apportion.report import ResultRow, plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
@@ -79,22 +80,25 @@ class _Size:
     length: int = 512  # tokens of each
     texts: int = 4  # to judge on, a seed
     prefix: int = 384
-    later: int = 65  # tokens after the prefix; all but the first are scored
-    training_layers: tuple[int, ...] = (5, 15, 25)
+    later: int = 57  # tokens after the prefix; all but the first are scored
+    training_layers: tuple[int, ...] = (10,)
     training_steps: int = 150
     end_to_end_training: bool = False
     needles: int = 17  # prompts a seed: 51 in all with three
-    needle_words: int = 120
+    needle_words: int = 100
     device: str = "cpu"
 
 
 _SIZES: dict[Scale, _Size] = {
     "smoke": _Size(
-        calibration=1, length=128, texts=1, prefix=64, later=5, training_layers=(15,), training_steps=4, needles=1,
+        calibration=1, length=128, texts=1, prefix=64, later=5, training_steps=4, needles=1,
         needle_words=40,
     ),
     "default": _Size(),
-    "long": _Size(calibration=8, length=1024, texts=5, later=129, end_to_end_training=True, needle_words=400),
+    "long": _Size(
+        calibration=8, length=1024, texts=5, later=129, training_layers=(5, 10, 15, 25), training_steps=400,
+        end_to_end_training=True, needle_words=400,
+    ),
     "gpu": _Size(
         calibration=32, length=2048, texts=16, prefix=3072, later=257, training_steps=1000, end_to_end_training=True,
         needles=50, needle_words=2000, device="cuda",
@@ -143,12 +147,12 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     size = _SIZES[scale]
     bench.say(f"loading {size.model}")
     lm = load(size.model, device=size.device)
-    documents = _Documents(lm, size)
+    documents, projections = _Documents(lm, size), key_projections(lm)
     measured: Measured = defaultdict(lambda: defaultdict(list))
     with one_thread():
         for seed in seeds:
             found = bench.measure(
-                f"seed {seed}", [asdict(size), seed], partial(_of_seed, lm, size, documents, seed, bench)
+                f"seed {seed}", [asdict(size), seed], partial(_of_seed, lm, projections, size, documents, seed, bench)
             )
             for name, figures in found.items():
                 for metric, value in figures.items():
@@ -194,11 +198,16 @@ class _Documents:
 
 
 def _of_seed(
-    lm: LanguageModel, size: _Size, documents: _Documents, seed: int, bench: Workbench
+    lm: LanguageModel,
+    projections: dict[int, KeyProjections],
+    size: _Size,
+    documents: _Documents,
+    seed: int,
+    bench: Workbench,
 ) -> dict[str, dict[str, float]]:
     calibration, judged, filler = documents.of_seed(seed)
     bench.say(f"seed {seed}: calibration and unseen text")
-    fitted = _Fitted(lm, calibration, size)
+    fitted = _Fitted(lm, projections, calibration, size)
     ids = torch.stack(encode_texts(lm, judged, size.prefix + size.later))
     unseen = record_trace(lm, judged, tokens=size.prefix, hidden=True)
     found = _rebuilding(fitted, unseen, seed)
@@ -214,29 +223,48 @@ def _of_seed(
 class _Fitted:
     """What is known of the model from one seed's calibration texts, and factors made from it."""
 
-    def __init__(self, lm: LanguageModel, texts: list[str], size: _Size) -> None:
-        self.lm, self.size = lm, size
-        self.projections = key_projections(lm)
-        self.ids = encode_texts(lm, texts, size.length)
-        self.moments = measure_moments(lm, self.ids, self.projections)
-        wanted = None if size.end_to_end_training else size.training_layers
-        self.trace = record_trace(lm, texts, tokens=size.length, layers=wanted, hidden=True)
+    def __init__(
+        self, lm: LanguageModel, projections: dict[int, KeyProjections], texts: list[str], size: _Size
+    ) -> None:
+        self.lm, self.projections, self.size = lm, projections, size
+        self.trace = record_tokens(lm, encode_texts(lm, texts, size.length), hidden=True)
+        self.moments = self.moments_of(self.trace)
+        if not size.end_to_end_training:
+            kept = {layer: self.trace.steps[layer] for layer in size.training_layers}
+            self.trace = Trace(self.trace.facts, kept)
+        self._whole: dict[tuple[str, int, str, int], Factors] = {}
+
+    def moments_of(self, trace: Trace) -> dict[int, Moments]:
+        """The moments of every layer of a trace."""
+        found = {layer: Moments() for layer in trace.layers}
+        for layer, steps in trace.steps.items():
+            widths = {part: x.shape[-1] for part, x in joint_parts(steps[0]).items()}
+            for step in steps:
+                found[layer].add(step, biases_of(self.projections[layer], widths))
+        return found
 
     def factors(self, name: str, layer: int, part: str, density: float, seed: int = 0) -> Factors:
         """Factors of a layer's keys or values, for as many channels as a method of that density has."""
-        moments, groups = self.moments[layer], self.trace.facts[min(self.trace.facts)].groups
-        second = moments.second[part]
-        rank = int(density * len(second) / groups) * groups
-        projection = getattr(self.projections[layer], part)
-        bias = biases_of(self.projections[layer], {each: len(moments.second[each]) for each in PARTS})[part]
-        if name == _CLOSED:
-            return principal(second, rank, bias)
+        second, groups = self.moments[layer].second[part], self.trace.facts[layer].groups
+        rank = rank_of(density, len(second) // groups, groups, part)
+        bias = biases_of(self.projections[layer], {each: len(self.moments[layer].second[each]) for each in PARTS})[part]
         if name == "principal directions by head":
             return principal(second, rank, bias, blocks=groups)
+        key = (name, layer, part, seed)
+        if key not in self._whole:
+            self._whole[key] = self._all_channels(name, layer, part, bias, seed)
+        # The best few channels of all of these are the first few.
+        whole = self._whole[key]
+        return Factors(whole.down[:, :rank], whole.up[:rank], bias)
+
+    def _all_channels(self, name: str, layer: int, part: str, bias: Tensor, seed: int) -> Factors:
+        if name == _CLOSED:
+            return principal(self.moments[layer].second[part], len(bias), bias)
         if name == "random directions":
-            return at_random(rank, bias, 1000 * seed + 2 * layer + PARTS.index(part))
+            return at_random(len(bias), bias, 1000 * seed + 2 * layer + PARTS.index(part))
         alpha = {_SVD: None, _ASVD: 0.5, "ASVD, alpha 1": 1.0}[name]
-        return from_weights(projection, rank, None if alpha is None else activation_scale(moments, alpha))
+        scale = None if alpha is None else activation_scale(self.moments[layer], alpha)
+        return from_weights(getattr(self.projections[layer], part), len(bias), scale)
 
     def method(self, arm: _Arm) -> CSKV:
         """The arm as a method that can be used."""
@@ -276,12 +304,7 @@ _RATE = 5e-4
 
 def _rebuilding(fitted: _Fitted, unseen: Trace, seed: int) -> dict[str, dict[str, float]]:
     """Relative errors on unseen text, means over layers."""
-    moments = {}
-    for layer, steps in unseen.steps.items():
-        moments[layer] = Moments()
-        widths = {part: len(second) for part, second in fitted.moments[layer].second.items()}
-        for step in steps:
-            moments[layer].add(step, biases_of(fitted.projections[layer], widths))
+    moments = fitted.moments_of(unseen)
     names = (_CLOSED, "ASVD, alpha 1", _ASVD, "principal directions by head", _SVD, "random directions")
     found: dict[str, dict[str, float]] = {}
     for name in names:
