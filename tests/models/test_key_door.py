@@ -145,6 +145,34 @@ def test_rotations_can_be_picked_and_joined() -> None:
     torch.testing.assert_close(some, whole.transpose(1, 2)[rows, tokens].transpose(1, 2))
 
 
+@torch.no_grad()
+def test_a_rotation_that_stretches_is_undone_too(ids: torch.Tensor) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
+    config = transformers.LlamaConfig(**{**LLAMA_LIKE, "rope_parameters": scaling})
+    step = _step_of_layer_0(transformers.LlamaForCausalLM(config).eval(), ids)
+    assert step.rotation.cos[0, 0, 0] > 1.1
+    torch.testing.assert_close(step.rotation.apply(step.unrotated_keys()), step.keys, **TOLERANCE)
+
+
+@torch.no_grad()
+def test_layers_that_turn_alike_share_one_rotation(ids: torch.Tensor) -> None:
+    model, steps = tiny_model("llama"), []
+
+    class Keeps(ComposedMemory):
+        def attend(self, step: Step) -> torch.Tensor:
+            steps.append(step)
+            return super().attend(step)
+
+    with attend_with(model, Keeps):
+        cache = model(ids[:, :7]).past_key_values
+        model(ids[:, 7:], past_key_values=cache)
+    joined = [first.rotation.then(second.rotation) for first, second in zip(steps[:3], steps[3:], strict=True)]
+    assert joined[0] is joined[1] is joined[2]
+    assert joined[0].bytes == 2 * 12 * 4 * 4
+    assert steps[0].rotation.then(steps[0].rotation) is not joined[0]
+    assert joined[0] is not steps[0].rotation.then(steps[3].rotation), "what followed last is remembered, nothing else"
+
+
 def test_which_layers_get_memories() -> None:
     assert [each.layer for each in layer_facts(tiny_model("gemma2"))] == [1]
     facts = layer_facts(tiny_model("qwen3"))[0]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys.cskv import CSKV
 from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.seer_attention import GateRecipe, SeerAttention
 from apportion.keys.selectors import Oracle
@@ -46,4 +47,6 @@ EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
         size=4, width=8, decode=True, budget=KeyBudget(share=1.0), recipe=GateRecipe(steps=1)
     ),
     "matryoshka_kv": lambda lm: MatryoshkaKV(share=1.0),
+    "cskv": lambda lm: CSKV(key_density=1.0, value_density=1.0, window=4),
+    "cskv, no window": lambda lm: CSKV(key_density=1.0, value_density=1.0, window=0),
 }

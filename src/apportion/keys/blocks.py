@@ -276,7 +276,7 @@ class BlockMemory(ComposedMemory):
         self.newest_blocks = None
         if self.store.closed:
             return super().attend(step)
-        self._take_in(step)
+        self.take_in(step)
         keys, values = self.store.read()
         real = self.store.real if self._padded else None
         grid = BlockGrid(self.size, step.new, self.store.length)

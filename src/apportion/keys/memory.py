@@ -61,7 +61,7 @@ class ComposedMemory(LayerMemory):
     def attend(self, step: Step) -> Float[Tensor, "batch heads new value_width"]:
         if step.new == 1 and self._seen:
             self.close()
-        self._take_in(step)
+        self.take_in(step)
         chooses = self.selector is not None and (self.store.closed or self.prompt == "selected")
         selection = self.selector.select(step, self.store) if chooses else None  # type: ignore[union-attr]
         self.newest_selection = selection
@@ -82,7 +82,8 @@ class ComposedMemory(LayerMemory):
         self._account(step, selection)
         return self.store.outputs(mixed)
 
-    def _take_in(self, step: Step) -> None:
+    def take_in(self, step: Step) -> None:
+        """Remember tokens without reading anything: a prompt whose attention somebody else has computed."""
         self._batch = len(step.keys)
         self._padded = self._padded or not bool(step.real.all())
         self._seen += step.new

@@ -186,11 +186,17 @@ class ExactStore(Store):
 class Rotations:
     """The rotary embedding of all tokens so far, for stores that keep keys as they were before it.
 
-    It is counted as held by the layer that keeps it: a model rotates all layers of a kind alike, and one copy would do.
+    A model rotates all layers of a kind alike: they hold one copy between them (see ``Rotation.then``), unless rows of
+    a batch with positions of their own are picked.
     """
 
     def __init__(self) -> None:
         self.all: Rotation | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the one copy."""
+        return 0 if self.all is None else self.all.bytes
 
     def append(self, rotation: Rotation | None) -> None:
         """Add those of the newest tokens; a model without rotary embedding has none."""

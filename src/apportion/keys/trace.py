@@ -6,9 +6,10 @@ say what that does to the model's text: errors of one layer are not seen by the 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -37,11 +38,11 @@ class Trace:
         return sorted(self.steps)
 
 
-class _Recorder(LayerMemory):
-    """Exact attention that keeps what it was given."""
+class _Watcher(LayerMemory):
+    """Exact attention that shows somebody what it was given."""
 
-    def __init__(self, kept: list[Step] | None) -> None:
-        self._kept, self._seen = kept, 0
+    def __init__(self, show: Callable[[Step], None]) -> None:
+        self._show, self._seen = show, 0
 
     @override
     @property
@@ -64,13 +65,27 @@ class _Recorder(LayerMemory):
     @override
     def attend(self, step: Step) -> Tensor:
         self._seen += step.new
-        if self._kept is not None:
-            hidden = None if step.hidden is None else step.hidden.detach()
-            self._kept.append(replace(step, hidden=hidden))
+        self._show(step if step.hidden is None else replace(step, hidden=step.hidden.detach()))
         return attend(step.queries, step.keys, step.values, step.scaling, step.softcap)
 
 
 @torch.no_grad()
+def watch_steps(model: LanguageModel, texts: Iterable[Int[Tensor, "_"]], show: Callable[[int, Step], None]) -> None:
+    """Run texts through a decoder and show what its full-attention layers are given, without keeping any of it.
+
+    Args:
+        model: a decoder.
+        texts: token ids of one text each.
+        show: called with the number of the layer and its step, for every layer of every text.
+
+    Raises:
+        InputError: an unsuitable model.
+    """
+    with attend_with(model, lambda facts: _Watcher(partial(show, facts.layer))):
+        for ids in texts:
+            model.model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+
+
 def record_trace(
     model: LanguageModel,
     texts: Sequence[str],
@@ -93,22 +108,48 @@ def record_trace(
     Raises:
         InputError: no text, a text that is too short, a layer that is not of full attention, an unsuitable model.
     """
+    if not texts:
+        raise InputError("texts is empty: a trace needs at least one text")
+    return record_tokens(model, encode_texts(model, texts, tokens), layers=layers, hidden=hidden)
+
+
+def record_tokens(
+    model: LanguageModel,
+    texts: Iterable[Int[Tensor, "_"]],
+    *,
+    layers: Iterable[int] | None = None,
+    hidden: bool = False,
+) -> Trace:
+    """`record_trace` of texts that are token ids already."""
     known = {each.layer: each for each in layer_facts(model)}
     wanted = list(known) if layers is None else list(layers)
     if missing := [layer for layer in wanted if layer not in known]:
         raise InputError(f"layers={missing}: {model.name} has full attention in {', '.join(map(str, known))}")
-    if not texts:
-        raise InputError("texts is empty: a trace needs at least one text")
     steps: dict[int, list[Step]] = {layer: [] for layer in wanted}
-    with attend_with(model, lambda facts: _Recorder(steps.get(facts.layer))):
-        for number, text in enumerate(texts):
-            ids = model.tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
-            if ids.shape[1] < 2:
-                raise InputError(f"text {number} has {ids.shape[1]} tokens: at least 2")
-            model.model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
-    if not hidden:
-        steps = {layer: [replace(step, hidden=None) for step in of_layer] for layer, of_layer in steps.items()}
+
+    def keep(layer: int, step: Step) -> None:
+        if layer in steps:
+            steps[layer].append(step if hidden else replace(step, hidden=None))
+
+    watch_steps(model, texts, keep)
     return Trace({layer: known[layer] for layer in wanted}, steps)
+
+
+def encode_texts(model: LanguageModel, texts: Sequence[str], tokens: int) -> list[Int[Tensor, "_"]]:
+    """Token ids of the beginning of each text: at most ``tokens``, and no more than the model has positions.
+
+    Raises:
+        InputError: a text of fewer than two tokens.
+    """
+    longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = min(tokens, longest or tokens)
+    encoded = []
+    for number, text in enumerate(texts):
+        ids = model.tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"][0]
+        if len(ids) < 2:
+            raise InputError(f"text {number} has {len(ids)} tokens: at least 2")
+        encoded.append(ids)
+    return encoded
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ How it is done, on transformers 5 (each trap is a test):
 
 import contextlib
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,8 +38,8 @@ _NAME = "apportion_keys"
 class Rotation:
     """The rotary embedding of some tokens: the first ``2 * half`` coordinates of a head turn in pairs.
 
-    Coordinate ``i`` turns together with ``i + half``. Turning is an isometry: ``undo`` gives the keys back as they were
-    before it.
+    Coordinate ``i`` turns together with ``i + half``. Turning is an isometry but where a model stretches what it turns
+    (YaRN and LongRoPE scale ``cos`` and ``sin``); ``undo`` gives the keys back as they were before it either way.
 
     Attributes:
         cos: of each token's angles; one row for all rows of a batch, or one for each.
@@ -47,14 +48,16 @@ class Rotation:
 
     cos: Float[Tensor, "rows tokens half"]
     sin: Float[Tensor, "rows tokens half"]
+    _joined: "list[weakref.ref[Rotation]]" = field(default_factory=list, init=False, repr=False)
 
     def apply(self, vectors: Float[Tensor, "batch heads tokens width"]) -> Float[Tensor, "batch heads tokens width"]:
         """The vectors as attention compares them."""
-        return self._turn(vectors, self.sin)
+        return self._turn(vectors)
 
     def undo(self, vectors: Float[Tensor, "batch heads tokens width"]) -> Float[Tensor, "batch heads tokens width"]:
         """The vectors as they were before `apply`."""
-        return self._turn(vectors, -self.sin)
+        stretch = self.cos.square() + self.sin.square()
+        return Rotation(self.cos / stretch, -self.sin / stretch).apply(vectors)
 
     def at(self, tokens: Int[Tensor, "*shape"] | slice) -> "Rotation":
         """Of some of the tokens: a slice, or indices ``[tokens]`` or ``[batch, tokens]``."""
@@ -68,17 +71,31 @@ class Rotation:
         return self if len(self.cos) == 1 else Rotation(self.cos[rows], self.sin[rows])
 
     def then(self, later: "Rotation") -> "Rotation":
-        """Of these tokens, and of those that follow them."""
+        """Of these tokens, and of those that follow them.
+
+        Asked for the same again it gives the same object, so that layers which turn alike hold one copy between them.
+        """
+        known = [each() for each in self._joined]
+        if len(known) == 2 and known[0] is later and known[1] is not None:
+            return known[1]
         count = max(len(self.cos), len(later.cos))
         pairs = zip((self.cos, self.sin), (later.cos, later.sin), strict=True)
         cos, sin = (
             torch.cat([here.expand(count, -1, -1), there.expand(count, -1, -1)], dim=1) for here, there in pairs
         )
-        return Rotation(cos, sin)
+        joined = Rotation(cos, sin)
+        # Weak, or whoever keeps an early state of a cache would keep all later ones too.
+        self._joined[:] = [weakref.ref(later), weakref.ref(joined)]
+        return joined
 
-    def _turn(self, vectors: Tensor, sin: Tensor) -> Tensor:
+    @property
+    def bytes(self) -> int:
+        """Of all tokens, once for all layers that share it."""
+        return 2 * self.cos.numel() * self.cos.element_size()
+
+    def _turn(self, vectors: Tensor) -> Tensor:
         half = self.cos.shape[-1]
-        cos, sin = self.cos[:, None].to(vectors.dtype), sin[:, None].to(vectors.dtype)
+        cos, sin = self.cos[:, None].to(vectors.dtype), self.sin[:, None].to(vectors.dtype)
         first, second, rest = vectors[..., :half], vectors[..., half : 2 * half], vectors[..., 2 * half :]
         return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
@@ -191,6 +208,7 @@ class _Pass:
 
     cache: Any
     mask: Tensor | None
+    turned: tuple[Tensor, Rotation] | None = None
     rotations: dict[int, Rotation | None] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
     steps: dict[int, LayerMemory] = field(default_factory=dict)
@@ -439,9 +457,13 @@ def _before_attention(door: Door, layer: int) -> Any:
         if turned is None:
             door.under_way.rotations[layer] = None
             return
-        cos, sin = turned
-        half = cos.shape[-1] // 2
-        door.under_way.rotations[layer] = Rotation(cos[..., :half], sin[..., :half])
+        newest = door.under_way.turned
+        if newest is None or newest[0] is not turned[0]:
+            cos, sin = turned
+            half = cos.shape[-1] // 2
+            newest = (cos, Rotation(cos[..., :half], sin[..., :half]))
+            door.under_way.turned = newest
+        door.under_way.rotations[layer] = newest[1]
 
     return hook
 

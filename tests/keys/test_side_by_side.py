@@ -1,0 +1,52 @@
+"""Methods side by side read what each would alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apportion.errors import InputError
+from apportion.keys import ComposedMemory, KeyBudget, record_trace
+from apportion.keys.cskv import CSKV
+from apportion.keys.scoring import score_continuation
+from apportion.keys.side_by_side import read_on
+from apportion.keys.trace import encode_texts
+from apportion.models import load
+from key_methods import Keeps
+
+TEXTS = ["one two three four five six seven eight nine ten " * 3, "a b c d e f g h i j k l m n o p q r s t u v " * 3]
+
+
+def test_each_method_reads_what_it_would_alone(tiny_llama: Path) -> None:
+    lm = load(tiny_llama)
+    whole = torch.stack(encode_texts(lm, TEXTS, 40))
+    prompts = record_trace(lm, TEXTS, tokens=30, hidden=True)
+    methods = {
+        "few keys": Keeps(budget=KeyBudget(keys=3)),
+        "codes": CSKV(key_density=0.25, value_density=0.5, window=3).fit(lm, TEXTS),
+    }
+    makers = {"dense": ComposedMemory, **{name: each.memory for name, each in methods.items()}}
+    found = read_on(lm, prompts, whole[:, 30:], makers)
+    for name, method in {"dense": None, **methods}.items():
+        alone = torch.stack([score_continuation(lm, ids, method, prefix=30) for ids in whole])
+        torch.testing.assert_close(found[name].nll, alone, rtol=1e-3, atol=1e-3)
+    assert (found["dense"].nll - found["codes"].nll).abs().max() > 1e-2
+    assert found["codes"].usage.share_held < 0.6
+    assert found["few keys"].usage.share_read < 0.2
+    at_once = read_on(lm, prompts, whole[:, 30:], makers, turn=5)
+    torch.testing.assert_close(at_once["dense"].nll, found["dense"].nll, rtol=1e-3, atol=1e-3)
+    assert torch.equal(at_once["dense"].hit, found["dense"].hit)
+
+
+def test_bad_input_is_refused(tiny_llama: Path) -> None:
+    lm = load(tiny_llama)
+    prompts, dense = record_trace(lm, TEXTS, tokens=30), {"dense": ComposedMemory}
+    ids = torch.ones(2, 6, dtype=torch.long)
+    with pytest.raises(InputError, match="turn=6"):
+        read_on(lm, prompts, ids, dense, turn=6)
+    with pytest.raises(InputError, match="2 prompts and 1 texts"):
+        read_on(lm, prompts, ids[:1], dense)
+    with pytest.raises(InputError, match="lacks layers"):
+        read_on(lm, record_trace(lm, TEXTS, tokens=30, layers=[0]), ids, dense)
+    with pytest.raises(InputError, match="all must have as many"):
+        read_on(lm, record_trace(lm, [TEXTS[0], "short text"], tokens=30), ids, dense)
