@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from apportion.ops.attend import reference
 
-__all__ = ["attend", "attend_selected"]
+__all__ = ["attend", "attend_masked", "attend_selected"]
 
 
 def attend(
@@ -74,6 +74,34 @@ def attend_selected(
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).nan_to_num(0.0)
     out = weights.to(read.dtype) @ read
     return out.transpose(2, 3).reshape(batch, heads, new, -1)
+
+
+def attend_masked(
+    queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Attention of every query over the keys that a mask lets it see: for many queries that each read many keys.
+
+    It compares every query with every key, which costs less than gathering where the lists of `attend_selected` are
+    together longer than what is stored.
+
+    Args:
+        queries: [batch, heads, new, width].
+        keys: [batch, groups, tokens, width].
+        values: [batch, groups, tokens, value_width].
+        seen: bool [batch, rows, new, tokens]; rows are heads, or groups whose heads share a mask.
+        scaling: see `attend`.
+        softcap: see `attend`.
+
+    Returns:
+        [batch, heads, new, value_width]; zeros for queries that see nothing.
+    """
+    heads, groups = queries.shape[1], keys.shape[1]
+    seen = seen.repeat_interleave(heads // seen.shape[1], dim=1)
+    if softcap is not None:
+        return reference.attend(queries, keys, values, seen, scaling, softcap)
+    keys, values = (each.repeat_interleave(heads // groups, dim=1) for each in (keys, values))
+    out = nn.functional.scaled_dot_product_attention(queries, keys, values, seen, scale=scaling)
+    return _nothing_seen(out, seen)
 
 
 def causal(new: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
