@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys import ComposedMemory, DoubleSparsity, KeyBudget, KeyMethod, Loki, Quest, SparQ
 from apportion.keys.selectors import Oracle
 from apportion.models.key_door import LayerFacts, LayerMemory
 
@@ -36,4 +36,8 @@ class NeedsFit(Keeps):
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
+    "double sparsity": lambda lm: DoubleSparsity(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
+    "quest": lambda lm: Quest(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
+    "sparq": lambda lm: SparQ(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
+    "loki": lambda lm: Loki(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
 }

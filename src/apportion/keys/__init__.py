@@ -8,20 +8,28 @@ token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod`
 """
 
 from apportion.keys.budget import KeyBudget, Usage
+from apportion.keys.double_sparsity import DoubleSparsity
+from apportion.keys.loki import Loki
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
+from apportion.keys.quest import Quest
 from apportion.keys.selectors import KeySelection, Selector
+from apportion.keys.sparq import SparQ
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
 
 __all__ = [
     "ComposedMemory",
+    "DoubleSparsity",
     "ExactStore",
     "KeyBudget",
     "KeyMethod",
     "KeySelection",
+    "Loki",
     "OpenMethod",
+    "Quest",
     "Selector",
+    "SparQ",
     "Store",
     "Trace",
     "Usage",
