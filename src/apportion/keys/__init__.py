@@ -13,12 +13,14 @@ from apportion.keys.loki import Loki
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
 from apportion.keys.quest import Quest
+from apportion.keys.selecting import Baseline
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.sparq import SparQ
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
 
 __all__ = [
+    "Baseline",
     "ComposedMemory",
     "DoubleSparsity",
     "ExactStore",

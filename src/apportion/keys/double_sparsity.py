@@ -235,7 +235,7 @@ class DoubleSparsity(SelectingMethod):
         found = None if importance is None else tuple(importance.shape)
         if importance is None or found != (facts.heads, facts.width):
             raise InputError(
-                f"layer {facts.layer} has {facts.heads} query heads of width {facts.width}, but channels were found for "
+                f"layer {facts.layer} has {facts.heads} heads of width {facts.width}, but channels were found for "
                 f"{'no such layer' if found is None else found}: they are of another model; fit to this one"
             )
         return importance
