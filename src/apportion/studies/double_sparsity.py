@@ -374,14 +374,15 @@ def _less_loss(of: Callable[[str, str], Tensor], keys: int, other: str) -> Tenso
 
 def _notes(size: _Size, seeds: int) -> list[str]:
     return [
-        f"Each seed has its own texts: {size.texts} of {size.tokens} tokens for traces (layers "
-        f"{_listed(size.layers)}, the last {size.queries} queries of each, every query head by itself), "
-        f"{size.loss_texts} of {size.loss_tokens} for the loss, and {size.calibration} others of at most 512 tokens for calibration.",
-        "In SmolLM2 a head has 64 channels: r=4 is 1/16 of the channels at 16 bits, r=16 at 4 bits is 1/16 by bits. The "
-        "8 bytes a label of its minimum and step are not in these figures. With 9 query and 3 key-value heads, labels of "
-        "each query head are three times as many as keys.",
+        f"Each seed has its own texts: {size.texts} of {size.tokens} tokens for traces (layers {_listed(size.layers)}, "
+        f"the last {size.queries} queries of each, every query head by itself), {size.loss_texts} of "
+        f"{size.loss_tokens} for the loss, and {size.calibration} others of at most 512 tokens for calibration.",
+        "In SmolLM2 a head has 64 channels: r=4 is 1/16 of the channels at 16 bits, r=16 at 4 bits is 1/16 by bits. "
+        "The 8 bytes a label of its minimum and step are not in these figures. With 9 query and 3 key-value heads, "
+        "labels of each query head are three times as many as keys.",
         f"Needles: {size.prompts * seeds} prompts at each length; they count from {_PROMPTS} prompts on, where dense "
-        f"attention finds at least {_SOLVED:.0%}. In the model, SparQ and random channels have r=16 at 16 bits; SparQ has no mean value.",
+        f"attention finds at least {_SOLVED:.0%}. In the model, SparQ and random channels have r=16 at 16 bits; SparQ "
+        "has no mean value.",
         "Everything is kept by all of these methods: they save reads, not bytes.",
     ]
 
