@@ -15,6 +15,7 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.stores import Store
 from apportion.models.key_door import Step
+from apportion.ops import select_rows
 from apportion.ops.attend import causal
 
 GROUP_POLICIES = ("head", "max", "mean", "max of softmax")
@@ -179,23 +180,42 @@ def across_group(
 def best_tokens(
     scores: Float[Tensor, "batch rows new tokens"], seen: Bool[Tensor, "batch new tokens"], budget: KeyBudget
 ) -> KeySelection:
-    """The best visible tokens of each row, sinks and recent ones first; each query spends its budget or all it sees."""
+    """The best visible tokens of each row, sinks and recent ones first; each query spends its budget or all it sees.
+
+    Of equal scores those of earlier tokens win, except where queries of different budgets are chosen for together (a
+    padded batch, or a share of several queries): which of the equals wins there is not said.
+    """
     batch, rows, new, tokens = scores.shape
+    if new == 1 and bool(seen.all()):
+        if budget.sinks or budget.recent:
+            scores = scores.detach().clone()
+            scores[..., : budget.sinks] = torch.inf
+            scores[..., max(0, tokens - budget.recent) :] = torch.inf
+        return _equally_many(scores, budget.tokens(tokens))
     place = seen.cumsum(-1)  # from 1, of the tokens that the query sees
     there = place[..., -1:]
     forced = seen & ((place <= budget.sinks) | (place > there - budget.recent))
     scores = scores.masked_fill(~seen[:, None], -torch.inf).masked_fill(forced[:, None], torch.inf)
     wanted = _wanted(budget, there.squeeze(-1))
-    most = min(tokens, int(wanted.max()))
+    least, most = (min(tokens, int(each)) for each in wanted.aminmax())
+    if least == most:
+        return _equally_many(scores, most)
     best = scores.topk(most, dim=-1)
     rank = torch.arange(most, device=scores.device)
     kept = (rank < wanted[:, None, :, None]) & (best.values > -torch.inf)
     return KeySelection(best.indices, kept.expand(batch, rows, new, most))
 
 
+def _equally_many(scores: Float[Tensor, "batch rows new tokens"], count: int) -> KeySelection:
+    """The best of each row that are above minus infinity, tokens in order."""
+    _, winners = select_rows(scores.reshape(-1, scores.shape[-1]), count)
+    indices = winners.view(*scores.shape[:3], count)
+    return KeySelection(indices, scores.gather(-1, indices) > -torch.inf)
+
+
 def _wanted(budget: KeyBudget, there: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
     if budget.share is not None:
-        wanted = (there * budget.share).ceil().long()
+        wanted = (there.double() * budget.share).ceil().long()
     else:
         wanted = torch.full_like(there, budget.tokens(2**62))
     return torch.minimum(there, wanted.clamp_min(max(budget.sinks + budget.recent, 1)))

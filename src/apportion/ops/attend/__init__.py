@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.ops.attend import composed, reference
+from apportion.ops.triton_support import triton_is_missing
 
 __all__ = ["attend", "attend_masked", "attend_selected", "causal"]
 
@@ -77,6 +78,38 @@ def attend_selected(
         [batch, heads, new, value_width]; zeros for queries that keep nothing.
     """
     return composed.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+
+
+@attend_selected.register_kernel("cpu")
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    kept: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    from apportion.ops.attend import cpu
+
+    return cpu.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+
+
+@attend_selected.register_kernel("cuda")
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    kept: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    if triton_is_missing():
+        return composed.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+    from apportion.ops.attend import cuda
+
+    return cuda.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
 
 
 @attend_selected.register_fake

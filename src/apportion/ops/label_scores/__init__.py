@@ -1,6 +1,8 @@
 """Scores of all tokens from a short label of each: a few channels of its key, or the mean of a chunk of keys.
 
-Labels are kept one token after the other, so that scoring reads memory in order and far less of it than the keys take.
+Labels lie in memory by themselves, so that scoring reads it in order and far less of it than the keys take. Every op
+takes any strides; the CPU is fastest where the tokens of a channel lie side by side, *planar*: keep labels (and codes,
+and ranges) as [batch, rows, channels, tokens] and pass ``.transpose(-1, -2)``.
 Without gradient: scores only say what is read.
 """
 
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from apportion.errors import InputError
 from apportion.ops.label_scores import reference
+from apportion.ops.triton_support import triton_is_missing
 
 __all__ = ["BITS", "label_scores", "pack_labels", "packed_label_scores", "unpack_labels"]
 
@@ -43,6 +46,38 @@ def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: in
         [batch, heads, new, tokens] in float32; in float64 where the queries are.
     """
     return reference.packed_label_scores(queries, codes, ranges, bits)
+
+
+@label_scores.register_kernel("cpu")
+def _(queries: Tensor, labels: Tensor) -> Tensor:
+    from apportion.ops.label_scores import cpu
+
+    return cpu.label_scores(queries, labels)
+
+
+@packed_label_scores.register_kernel("cpu")
+def _(queries: Tensor, codes: Tensor, ranges: Tensor, bits: int) -> Tensor:
+    from apportion.ops.label_scores import cpu
+
+    return cpu.packed_label_scores(queries, codes, ranges, bits)
+
+
+@label_scores.register_kernel("cuda")
+def _(queries: Tensor, labels: Tensor) -> Tensor:
+    if triton_is_missing():
+        return reference.label_scores(queries, labels)
+    from apportion.ops.label_scores import cuda
+
+    return cuda.label_scores(queries, labels)
+
+
+@packed_label_scores.register_kernel("cuda")
+def _(queries: Tensor, codes: Tensor, ranges: Tensor, bits: int) -> Tensor:
+    if triton_is_missing():
+        return reference.packed_label_scores(queries, codes, ranges, bits)
+    from apportion.ops.label_scores import cuda
+
+    return cuda.packed_label_scores(queries, codes, ranges, bits)
 
 
 def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:

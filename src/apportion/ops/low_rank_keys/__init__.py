@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from apportion.ops.low_rank_keys import reference
+from apportion.ops.triton_support import triton_is_missing
 
 __all__ = ["low_rank_keys"]
 
@@ -29,6 +30,22 @@ def low_rank_keys(
         [batch, groups, kept, width] in the factors' dtype.
     """
     return reference.low_rank_keys(factors, basis, tokens, cos, sin)
+
+
+@low_rank_keys.register_kernel("cpu")
+def _(factors: Tensor, basis: Tensor, tokens: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    from apportion.ops.low_rank_keys import cpu
+
+    return cpu.low_rank_keys(factors, basis, tokens, cos, sin)
+
+
+@low_rank_keys.register_kernel("cuda")
+def _(factors: Tensor, basis: Tensor, tokens: Tensor, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    if triton_is_missing():
+        return reference.low_rank_keys(factors, basis, tokens, cos, sin)
+    from apportion.ops.low_rank_keys import cuda
+
+    return cuda.low_rank_keys(factors, basis, tokens, cos, sin)
 
 
 @low_rank_keys.register_fake

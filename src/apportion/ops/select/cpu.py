@@ -17,11 +17,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from apportion.ops.numbers import bits_of, float_of
 from apportion.ops.select.reference import Places
 from apportion.ops.threads import matching_threads
 
 _COLUMN_TILE = 64  # columns scanned together: whole cache lines of every row, and few enough heaps to stay in cache
 _SAMPLE = 65_536  # scores looked at to estimate the cut; the estimate is off by about 1 % of the winners at 1 % density
+_LARGE_HEAP = 32  # winners of a row from which on a cut and a digit at a time beat keeping a heap
+_ROW_SAMPLE = 512  # scores of a row looked at to estimate its cut
 
 
 @numba.njit(cache=True, inline="always")
@@ -83,6 +86,77 @@ def _rows(scores, count, winners):
                 size = offer(values, places, size, count, value, column)
         places.sort()
         winners[row] = places
+
+
+@numba.njit(cache=True, inline="always")
+@no_type_check
+def _sortable(value):
+    """An unsigned integer in the order of the float32s, in which minus zero equals zero."""
+    bits = bits_of(value + np.float32(0.0))
+    return bits ^ (np.uint32(0xFFFFFFFF) if bits >> np.uint32(31) else np.uint32(0x80000000))
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _last_winner(keys, count):
+    """The ``count`` largest key, and how many of its equals are among them: digit by digit, the highest first."""
+    found, left = np.uint32(0), count
+    histogram = np.empty(256, np.int64)
+    for shift in range(24, -8, -8):
+        histogram[:] = 0
+        for key in keys:
+            # Two shifts, since one by all bits is undefined.
+            if (key >> np.uint32(shift)) >> np.uint32(8) == found:
+                histogram[(key >> np.uint32(shift)) & np.uint32(255)] += 1
+        digit = 255
+        while histogram[digit] < left:
+            left -= histogram[digit]
+            digit -= 1
+        found = np.uint32(found << np.uint32(8) | np.uint32(digit))
+    return found, left
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _reaching(scores, cut, places):
+    """List the places whose score reaches the cut, without a branch; how many there are."""
+    found = 0
+    for column in range(scores.shape[0]):
+        places[found] = column
+        found += scores[column] >= cut
+    return found
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _rows_by_cut(scores, count, stride, winners):
+    """As ``_rows``, for many winners: candidates by a cut that a sample suggests, then the last winner among them."""
+    columns = scores.shape[1]
+    sampled = (columns + stride - 1) // stride
+    expected = count / stride
+    rank = int(expected + 3 * np.sqrt(expected) + 3)
+    for row in numba.prange(scores.shape[0]):
+        places = np.empty(columns, np.int32)
+        found = 0
+        if rank < sampled:
+            sample = np.empty(sampled, np.uint32)
+            for place in range(sampled):
+                sample[place] = _sortable(scores[row, place * stride])
+            key, _ = _last_winner(sample, rank)
+            cut = float_of(key ^ (np.uint32(0x80000000) if key >> np.uint32(31) else np.uint32(0xFFFFFFFF)))
+            found = _reaching(scores[row], cut, places)
+        if found < count:
+            found = _reaching(scores[row], np.float32(-np.inf), places)
+        keys = np.empty(found, np.uint32)
+        for place in range(found):
+            keys[place] = _sortable(scores[row, places[place]])
+        last, ties = _last_winner(keys, count)
+        written = 0
+        for place in range(found):
+            if keys[place] > last or (keys[place] == last and ties > 0):
+                ties -= keys[place] == last
+                winners[row, written] = places[place]
+                written += 1
 
 
 @numba.njit(parallel=True, cache=True)
@@ -199,12 +273,16 @@ def _gather_above(scores, limits, crow, col):
 
 
 def select_rows(scores: Float[Tensor, "rows columns"], count: int) -> Places:
-    """The ``count`` best of each row: one pass with a heap of ``count``."""
-    rows = scores.shape[0]
+    """The ``count`` best of each row: one pass with a heap of ``count``, or a cut where that is a large heap."""
+    rows, columns = scores.shape
     winners = torch.empty(rows, count, dtype=torch.int64)
     if winners.numel():
+        array = _comparable(scores)
         with matching_threads():
-            _rows(_comparable(scores), count, winners.numpy())
+            if count < _LARGE_HEAP or array.dtype != np.float32:
+                _rows(array, count, winners.numpy())
+            else:
+                _rows_by_cut(array, count, max(1, columns // _ROW_SAMPLE), winners.numpy())
     return torch.arange(rows + 1) * count, winners.view(-1)
 
 

@@ -1,0 +1,159 @@
+"""Scoring tokens by their labels on the CPU, compiled by numba: a tile of tokens at a time, one vector lane a token.
+
+Lanes want the tokens of a channel side by side, *planar*. Labels that are stored so (memory [.., channels, tokens]) are
+read as they lie; others are transposed a tile at a time, which takes several times as long as scoring them. Planar or
+not, the sums are the same.
+"""
+
+from typing import no_type_check
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from apportion.ops.label_scores import reference
+from apportion.ops.numbers import flat, number
+from apportion.ops.threads import matching_threads
+
+_TILE = 512  # tokens scored together: their scores stay in the first-level cache, their labels in the second
+_AT_ONCE = 4  # channels: a score is loaded and stored once for so many
+# Reassociation as in ``csr.cpu``: the order of a sum depends on its length and the machine alone.
+_FAST = {"reassoc", "contract", "nsz"}
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _planar(stored, start, size, steps, planes):
+    """A tile's planes with their tokens side by side: memory, where the first begins, how far the next is."""
+    if steps[2] == 1:
+        return stored, start, steps[3]
+    own = np.empty(planes * size, stored.dtype)
+    for token in range(size):
+        at = start + token * steps[2]
+        label = stored[at : at + (planes - 1) * steps[3] + 1]
+        for plane in range(planes):
+            own[plane * size + token] = label[plane * steps[3]]
+    return own, 0, size
+
+
+@numba.njit(fastmath=_FAST, cache=True)
+@no_type_check
+def _score(query, memory, start, step, channels, scores):
+    """Sums over channels of what is planar; the query has zeros beyond the last one."""
+    size = scores.shape[0]
+    scores[:] = 0
+    for channel in range(0, channels, _AT_ONCE):
+        q0, q1, q2, q3 = query[channel], query[channel + 1], query[channel + 2], query[channel + 3]
+        at0, at1 = start + channel * step, start + min(channel + 1, channels - 1) * step
+        at2, at3 = start + min(channel + 2, channels - 1) * step, start + min(channel + 3, channels - 1) * step
+        l0, l1 = memory[at0 : at0 + size], memory[at1 : at1 + size]
+        l2, l3 = memory[at2 : at2 + size], memory[at3 : at3 + size]
+        for token in range(size):
+            scores[token] += (
+                q0 * number(l0[token]) + q1 * number(l1[token]) + q2 * number(l2[token]) + q3 * number(l3[token])
+            )
+
+
+@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+@no_type_check
+def _label_scores(queries, channels, labels, steps, rows, out):
+    """``out[row, query, token]``: products of the queries of a row with its labels."""
+    tokens = out.shape[2]
+    tiles = (tokens + _TILE - 1) // _TILE
+    for task in numba.prange(out.shape[0] * tiles):
+        row, first = task // tiles, task % tiles * _TILE
+        size = min(_TILE, tokens - first)
+        start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
+        memory, start, step = _planar(labels, start, size, steps, channels)
+        for query in range(out.shape[1]):
+            _score(queries[row, query], memory, start, step, channels, out[row, query, first : first + size])
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _unpacked(memory, start, step, size, bits, channels):
+    """The codes of a tile as numbers, planar."""
+    in_byte, mask = 8 // bits, np.uint8(2**bits - 1)
+    own = np.empty(channels * size, np.float32)
+    for channel in range(channels):
+        at = start + channel // in_byte * step
+        packed, shift = memory[at : at + size], np.uint8(channel % in_byte * bits)
+        codes = own[channel * size : (channel + 1) * size]
+        for token in range(size):
+            codes[token] = np.float32((packed[token] >> shift) & mask)
+    return own
+
+
+@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+@no_type_check
+def _packed_label_scores(queries, channels, codes, code_steps, ranges, range_steps, bits, rows, out):
+    """The same by codes: ``minimum * sum of the query + step * sum of query times code``."""
+    tokens, planes = out.shape[2], (channels * bits + 7) // 8
+    tiles = (tokens + _TILE - 1) // _TILE
+    for task in numba.prange(out.shape[0] * tiles):
+        row, first = task // tiles, task % tiles * _TILE
+        size = min(_TILE, tokens - first)
+        start = row // rows * code_steps[0] + row % rows * code_steps[1] + first * code_steps[2]
+        memory, start, step = _planar(codes, start, size, code_steps, planes)
+        unpacked = _unpacked(memory, start, step, size, bits, channels)
+        start = row // rows * range_steps[0] + row % rows * range_steps[1] + first * range_steps[2]
+        bounds, start, step = _planar(ranges, start, size, range_steps, 2)
+        lows, widths = bounds[start : start + size], bounds[start + step : start + step + size]
+        for query in range(out.shape[1]):
+            scores = out[row, query, first : first + size]
+            _score(queries[row, query], unpacked, 0, size, channels, scores)
+            total = queries[row, query].sum()
+            for token in range(size):
+                scores[token] = total * lows[token] + widths[token] * scores[token]
+
+
+def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
+    """See ``apportion.ops.label_scores.label_scores``."""
+    batch, heads, new, channels = queries.shape
+    rows, tokens = labels.shape[1:3]
+    planar = labels.stride(2) == 1
+    if torch.float64 in (queries.dtype, labels.dtype) or 0 in (queries.numel(), labels.numel()):
+        return reference.label_scores(queries, labels)
+    if labels.dtype == torch.float32 and not planar:
+        # Nothing to transpose: the library's product reads labels as they are.
+        shared = queries.float().reshape(batch, rows, -1, channels) @ labels.transpose(-1, -2)
+        return shared.view(batch, heads, new, tokens)
+    if labels.dtype not in (torch.float32, torch.bfloat16):
+        labels = labels.float()
+    wanted = _padded(queries, rows)
+    out = torch.empty(batch * rows, wanted.shape[1], tokens)
+    with matching_threads():
+        _label_scores(wanted.numpy(), channels, flat(labels), labels.stride(), rows, out.numpy())
+    return out.view(batch, heads, new, tokens)
+
+
+def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: int) -> Tensor:
+    """See ``apportion.ops.label_scores.packed_label_scores``."""
+    batch, heads, new, channels = queries.shape
+    rows, tokens = codes.shape[1:3]
+    if queries.dtype == torch.float64 or 0 in (queries.numel(), codes.numel()):
+        return reference.packed_label_scores(queries, codes, ranges, bits)
+    wanted = _padded(queries, rows)
+    out = torch.empty(batch * rows, wanted.shape[1], tokens)
+    with matching_threads():
+        _packed_label_scores(
+            wanted.numpy(),
+            channels,
+            flat(codes),
+            codes.stride(),
+            flat(ranges),
+            ranges.stride(),
+            bits,
+            rows,
+            out.numpy(),
+        )
+    return out.view(batch, heads, new, tokens)
+
+
+def _padded(queries: Tensor, rows: int) -> Tensor:
+    """The queries of each row of labels, with zeros up to a multiple of what is taken at once."""
+    batch, heads, new, channels = queries.shape
+    shared = queries.detach().float().reshape(batch * rows, heads // rows * new, channels)
+    missing = -channels % _AT_ONCE
+    return torch.nn.functional.pad(shared, (0, missing)) if missing else shared.contiguous()
