@@ -7,7 +7,9 @@ query from the third layer on reads T keys. *Needles*: answers after a context t
 
 Channels and directions are fitted on other documents than those that are judged on. Nothing is tuned: T, r and bits
 are the sheet's. The thresholds below are the pilot's of the method sheet, rounded, and were written down before the
-first run: 0.02 of attention weight for 4 bits and for calibration on other text, 0.05 to SparQ.
+first run: 0.02 of attention weight for 4 bits and for calibration on other text, 0.05 to SparQ. A first run had four
+needles a prompt, of which dense attention found 9 of 12, too few to judge by: since then there is one. The claim about
+output errors at r=4 was added after it, and does not count.
 """
 
 import random
@@ -195,7 +197,7 @@ class _Trial:
         """Needles in prose found by dense attention and by three ways to read 1/16 of it."""
         found = {}
         for words in self.size.words:
-            tasks = needles(self.size.prompts, filler=self.prose, words=words, keys=4, seed=self.seed)
+            tasks = needles(self.size.prompts, filler=self.prose, words=words, keys=1, seed=self.seed)
             every = self._methods(KeyBudget(share=1 / 16), prompt="dense")
             methods: dict[str, KeyMethod | None] = {"dense": None}
             methods |= {name: every[name] for name in ("Double Sparsity", _SINKS)}
@@ -300,7 +302,8 @@ def _claims(size: _Size, seeds: int, measured: Measured) -> list[Comparison]:
 
     claims: list[tuple[str, Tensor, bool]] = []
     for keys in size.keys:
-        weight: Callable[[str], Tensor] = partial(_weight, of, keys)
+        weight: Callable[[str], Tensor] = partial(_on_trace, of, keys, "attention weight kept")
+        error: Callable[[str], Tensor] = partial(_on_trace, of, keys, "relative output error")
         exact, packed = "DS qk, r=16, 16 bits", "DS qk, r=16, 4 bits"
         margins = [
             (
@@ -324,6 +327,11 @@ def _claims(size: _Size, seeds: int, measured: Measured) -> list[Comparison]:
                 "r=16, 16 bits: calibration on other text costs less than 0.02",
                 0.02 - (weight(f"{exact}, calibrated on the text itself") - weight(exact)),
                 True,
+            ),
+            (
+                "r=4, 16 bits (1/16 of the channels): smaller output error than sinks and recent tokens",
+                error(_SINKS) - error("DS qk, r=4, 16 bits"),
+                False,
             ),
             (
                 "r=4, 16 bits (1/16 of the channels): keeps more attention weight than sinks and recent tokens",
@@ -362,8 +370,8 @@ def _claims(size: _Size, seeds: int, measured: Measured) -> list[Comparison]:
     return [Comparison.positive(claim, margin.tolist(), part_of_verdict=counted) for claim, margin, counted in claims]
 
 
-def _weight(of: Callable[[str, str], Tensor], keys: int, name: str) -> Tensor:
-    return of(f"trace, T={keys}: {name}", "attention weight kept")
+def _on_trace(of: Callable[[str, str], Tensor], keys: int, metric: str, name: str) -> Tensor:
+    return of(f"trace, T={keys}: {name}", metric)
 
 
 def _less_loss(of: Callable[[str, str], Tensor], keys: int, other: str) -> Tensor:
@@ -380,9 +388,9 @@ def _notes(size: _Size, seeds: int) -> list[str]:
         "In SmolLM2 a head has 64 channels: r=4 is 1/16 of the channels at 16 bits, r=16 at 4 bits is 1/16 by bits. "
         "The 8 bytes a label of its minimum and step are not in these figures. With 9 query and 3 key-value heads, "
         "labels of each query head are three times as many as keys.",
-        f"Needles: {size.prompts * seeds} prompts at each length; they count from {_PROMPTS} prompts on, where dense "
-        f"attention finds at least {_SOLVED:.0%}. In the model, SparQ and random channels have r=16 at 16 bits; SparQ "
-        "has no mean value.",
+        f"Needles: {size.prompts * seeds} prompts of one needle at each length; they count from {_PROMPTS} prompts "
+        f"on, where dense attention finds at least {_SOLVED:.0%}.",
+        "In the model, SparQ and random channels have r=16 at 16 bits; SparQ has no mean value.",
         "Everything is kept by all of these methods: they save reads, not bytes.",
     ]
 
