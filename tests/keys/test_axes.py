@@ -20,7 +20,7 @@ from apportion.keys.stores import Growing
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import load
 from apportion.models.key_door import LayerFacts
-from apportion.ops.attend import attend, attend_selected, causal, reference
+from apportion.ops.attend import attend, attend_masked, attend_selected, causal, reference
 from key_methods import Keeps, NeedsFit
 
 SELECTORS = {
@@ -67,6 +67,10 @@ def test_attend_selected_equals_the_reference_and_the_masked_dense(make_step: An
     dense = reference.attend(queries, step.keys, step.values, mask, 0.3, None)
     torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-6)
     assert found[0, 0, 0].abs().max() == 0
+    for softcap in (None, 2.0):
+        of_lists = attend_selected(queries, step.keys, step.values, indices, kept, 0.3, softcap)
+        of_masks = attend_masked(queries, step.keys, step.values, KeySelection(indices, kept).mask(9), 0.3, softcap)
+        torch.testing.assert_close(of_masks, of_lists, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SELECTORS)
@@ -262,6 +266,15 @@ def test_a_trace_compares_methods_layer_by_layer(tiny_llama: Path) -> None:
         assert 1 > found["oracle"][layer].mass > found["random"][layer].mass > 0
         assert found["oracle"][layer].error < found["random"][layer].error
         assert found["oracle"][layer].share_read < 0.25
+    together = compare_on_trace(
+        trace, {"oracle": lambda facts: ComposedMemory(facts, selector=Oracle(budget))}, queries=8, step=3
+    )["oracle"]
+    for layer in (0, 2):
+        one_by_one = found["oracle"][layer]
+        assert together[layer].mass == pytest.approx(one_by_one.mass)
+        assert together[layer].error == pytest.approx(one_by_one.error, rel=1e-4)
+    with pytest.raises(InputError, match="step=0"):
+        compare_on_trace(trace, {}, step=0)
     with pytest.raises(InputError, match="layers=\\[7\\]"):
         record_trace(lm, texts, layers=[7])
     with pytest.raises(InputError, match="texts is empty"):

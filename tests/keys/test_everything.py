@@ -35,7 +35,7 @@ class _Tokenizer:
     pad_token_id, eos_token_id = 0, 2
 
     def __call__(self, text: str, **options: Any) -> dict[str, Any]:
-        ids = [3 + ord(letter) % 90 for letter in text][: min(48, options.get("max_length", 48))]
+        ids = [3 + ord(letter) % 90 for letter in text][: min(options.get("max_length", 48), 48)]
         if options.get("return_tensors") == "pt":
             return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}

@@ -9,7 +9,7 @@ import transformers
 
 from apportion.errors import InputError
 from apportion.keys import ComposedMemory
-from apportion.models.key_door import Rotation, Step, attend_with, layer_facts, memories_of
+from apportion.models.key_door import Rotation, Step, attend_with, layer_facts, memories_of, queries_of
 from tiny_families import CAUSAL, LLAMA_LIKE, tiny_model
 
 # These have layers without a sliding window: of the tiny models two have none.
@@ -130,6 +130,30 @@ def test_rotation_is_what_the_model_does_and_can_be_undone(ids: torch.Tensor) ->
         torch.testing.assert_close(step.unrotated_keys()[:, :, 0], step.keys[:, :, 0])
         assert step.hidden.shape == (2, 12, 32)
         assert (step.unrotated_keys()[:, :, 1:] - step.keys[:, :, 1:]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_queries_are_made_by_the_layer_itself(decoder: Any, ids: torch.Tensor) -> None:
+    seen: dict[int, Step] = {}
+
+    class Notes(ComposedMemory):
+        def attend(self, step: Step) -> torch.Tensor:
+            seen[self.facts.layer] = step
+            return super().attend(step)
+
+    with attend_with(decoder, Notes):
+        decoder(ids)
+    first, last = min(seen), max(seen)
+    for layer in (first, last):
+        step = seen[layer]
+        assert step.hidden is not None
+        torch.testing.assert_close(queries_of(decoder, layer, step.hidden, step.rotation), step.queries)
+    if first != last:
+        foreign = queries_of(decoder, last, seen[first].hidden, seen[first].rotation)
+        assert not torch.allclose(foreign, seen[last].queries)
+    with pytest.raises(InputError, match="layer=99"):
+        queries_of(decoder, 99, seen[first].hidden, seen[first].rotation)
+    assert decoder(ids).logits.isfinite().all()
 
 
 def test_rotations_can_be_picked_and_joined() -> None:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys import ComposedMemory, DoubleSparsity, KeyBudget, KeyMethod, Loki, Quest, SparQ
 from apportion.keys.cskv import CSKV
 from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.seer_attention import GateRecipe, SeerAttention
@@ -49,4 +49,8 @@ EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "matryoshka_kv": lambda lm: MatryoshkaKV(share=1.0),
     "cskv": lambda lm: CSKV(key_density=1.0, value_density=1.0, window=4),
     "cskv, no window": lambda lm: CSKV(key_density=1.0, value_density=1.0, window=0),
+    "double sparsity": lambda lm: DoubleSparsity(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
+    "quest": lambda lm: Quest(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
+    "sparq": lambda lm: SparQ(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
+    "loki": lambda lm: Loki(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
 }

@@ -8,24 +8,33 @@ token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod`
 """
 
 from apportion.keys.budget import KeyBudget, Usage
+from apportion.keys.double_sparsity import DoubleSparsity
+from apportion.keys.loki import Loki
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
+from apportion.keys.quest import Quest
 from apportion.keys.routing_transformer import FollowTokens, Routed, RoutingAttention, RoutingSettings
 from apportion.keys.sea import SeaAttention, SeaOutput, SeaSettings
 from apportion.keys.sea_distillation import attention_losses, fit_to_trace, mass_on_trace, model_loss
 from apportion.keys.seer_attention import SeerAttention
+from apportion.keys.selecting import Baseline
 from apportion.keys.selectors import KeySelection, Selector
+from apportion.keys.sparq import SparQ
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
 
 __all__ = [
+    "Baseline",
     "ComposedMemory",
+    "DoubleSparsity",
     "ExactStore",
     "FollowTokens",
     "KeyBudget",
     "KeyMethod",
     "KeySelection",
+    "Loki",
     "OpenMethod",
+    "Quest",
     "Routed",
     "RoutingAttention",
     "RoutingSettings",
@@ -34,6 +43,7 @@ __all__ = [
     "SeaSettings",
     "SeerAttention",
     "Selector",
+    "SparQ",
     "Store",
     "Trace",
     "Usage",

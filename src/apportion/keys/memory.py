@@ -10,7 +10,7 @@ from apportion.keys.budget import Usage
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.models.key_door import LayerFacts, LayerMemory, Step
-from apportion.ops.attend import attend, attend_selected
+from apportion.ops.attend import attend, attend_masked, attend_selected
 
 
 class ComposedMemory(LayerMemory):
@@ -75,6 +75,11 @@ class ComposedMemory(LayerMemory):
             keys, values = self.store.read(selection.indices[:, :, 0])
             tokens = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
             mixed = attend_selected(queries, keys, values, tokens, selection.kept, step.scaling, step.softcap)
+        elif step.new * selection.indices.shape[-1] > self.store.length:
+            # Many queries, whose lists are together longer than what is stored: it is read once, under a mask.
+            keys, values = self.store.read()
+            mask = selection.mask(self.store.length)
+            mixed = attend_masked(queries, keys, values, mask, step.scaling, step.softcap)
         else:
             keys, values = self.store.read()
             chosen = (selection.indices, selection.kept)

@@ -172,33 +172,38 @@ class OnTrace:
 
 @torch.no_grad()
 def compare_on_trace(
-    trace: Trace, methods: Mapping[str, Callable[[LayerFacts], ComposedMemory]], *, queries: int = 64
+    trace: Trace, methods: Mapping[str, Callable[[LayerFacts], ComposedMemory]], *, queries: int = 64, step: int = 1
 ) -> dict[str, dict[int, OnTrace]]:
     """What each method reads, and how far its output is from exact attention, for the last tokens of each text.
 
-    The tokens before them are the prompt; then the memory is closed, and they come one by one, as in generation.
+    The tokens before them are the prompt; then the memory is closed, and they come one by one, as in generation, or
+    several at a time.
 
     Args:
         trace: see `record_trace`.
         methods: names, and the memories to compare; ``some_method.memory`` is one.
         queries: how many tokens of each text ask.
+        step: tokens taken in at a time; above 1 it is a turn of several tokens, which a method that chooses for each
+            query by itself and keeps everything reads alike, and much faster.
 
     Returns:
         By method and layer.
 
     Raises:
-        InputError: a text has no more tokens than ``queries``.
+        InputError: a text has no more tokens than ``queries``; a step below 1.
     """
+    if step < 1:
+        raise InputError(f"step={step}: at least 1 token at a time")
     found: dict[str, dict[int, OnTrace]] = {name: {} for name in methods}
     for layer in trace.layers:
         for name, make in methods.items():
-            parts = [_on_text(make(trace.facts[layer]), step, queries) for step in trace.steps[layer]]
+            parts = [_on_text(make(trace.facts[layer]), text, queries, step) for text in trace.steps[layer]]
             count = len(parts)
             found[name][layer] = OnTrace(*(sum(part[place] for part in parts) / count for place in range(4)))
     return found
 
 
-def _on_text(memory: ComposedMemory, step: Step, queries: int) -> tuple[float, float, float, float]:
+def _on_text(memory: ComposedMemory, step: Step, queries: int, at_a_time: int) -> tuple[float, float, float, float]:
     before = step.new - queries
     if before < 1:
         raise InputError(f"queries={queries}: a text of the trace has {step.new} tokens, and some must come before")
@@ -206,23 +211,25 @@ def _on_text(memory: ComposedMemory, step: Step, queries: int) -> tuple[float, f
     memory.close()
     weights = exact_weights(step, before)
     outs, mass = [], 0.0
-    for place in range(before, step.new):
-        outs.append(memory.attend(part_of(step, place, place + 1)))
-        mass += _mass_read(memory, weights[:, :, place - before, : place + 1])
+    for place in range(before, step.new, at_a_time):
+        end = min(place + at_a_time, step.new)
+        outs.append(memory.attend(part_of(step, place, end)))
+        mass += _mass_read(memory, weights[:, :, place - before : end - before, :end])
     out = torch.cat(outs, dim=2)
     exact = attend(step.queries[:, :, before:], step.keys, step.values, step.scaling, step.softcap)
     error = float((out - exact).norm() / exact.norm())
     return mass / queries, error, memory.usage.share_read, memory.usage.share_held
 
 
-def _mass_read(memory: ComposedMemory, weights: Float[Tensor, "batch heads tokens"]) -> float:
-    selection = memory.newest_selection
+def _mass_read(memory: ComposedMemory, weights: Float[Tensor, "batch heads asking tokens"]) -> float:
+    """The sum over queries of the mean over heads."""
+    selection, asking = memory.newest_selection, weights.shape[2]
     if selection is None or memory.store.length != weights.shape[-1]:
         # Everything that is left was read; a store that has evicted says itself what is left.
-        return float("nan") if memory.store.length != weights.shape[-1] else 1.0
-    read = selection.mask(weights.shape[-1])[:, :, -1]
+        return float("nan") if memory.store.length != weights.shape[-1] else float(asking)
+    read = selection.mask(weights.shape[-1])
     read = read.repeat_interleave(weights.shape[1] // read.shape[1], dim=1)
-    return float((weights * read).sum(-1).mean())
+    return float((weights * read).sum(-1).mean()) * asking
 
 
 def part_of(step: Step, start: int, end: int) -> Step:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.models.families import attention_of, blocks_of, layout_of, stack_of, transformer_of
@@ -303,6 +304,60 @@ def layer_facts(model: Any) -> list[LayerFacts]:
     """
     facts, _ = _facts(transformer_of(model))
     return [facts[layer] for layer in sorted(facts)]
+
+
+@torch.no_grad()
+def queries_of(
+    model: Any, layer: int, hidden: Float[Tensor, "batch new d_model"], rotation: Rotation | None
+) -> Float[Tensor, "batch heads new width"]:
+    """The queries that a layer would have, rotated, if its projections were given some hidden states.
+
+    The layer's own attention module makes them, so that its biases, norms and partial rotations are in them.
+
+    Args:
+        model: a `LanguageModel` or a transformers decoder.
+        layer: of full attention, from 0.
+        hidden: what the projections are given, such as ``Step.hidden``.
+        rotation: of the tokens' places; None for a model without rotary embedding.
+
+    Raises:
+        InputError: the model has no such layer of full attention; or see `attend_with`.
+    """
+    inner: Any = transformer_of(model)
+    asked: list[Tensor] = []
+    with attend_with(inner, lambda facts: _Listens(asked)) as door:
+        if layer not in door.facts:
+            known = ", ".join(map(str, sorted(door.facts)))
+            raise InputError(f"layer={layer}: {type(inner).__name__} has full attention in {known}")
+        attention: Any = attention_of(blocks_of(inner)[layer])
+        door.under_way = _Pass(None, None)
+        given: dict[str, Any] = {"hidden_states": hidden, "attention_mask": None}
+        if rotation is not None:
+            given["position_embeddings"] = tuple(torch.cat([each, each], -1) for each in (rotation.cos, rotation.sin))
+        attention(**given)
+    return asked[0]
+
+
+class _Listens(LayerMemory):
+    """Notes the queries, and reads each token as itself."""
+
+    seen, batch = 0, 1
+
+    def __init__(self, asked: list[Tensor]) -> None:
+        self._asked = asked
+
+    @override
+    def attend(self, step: Step) -> Tensor:
+        self._asked.append(step.queries)
+        return step.values.repeat_interleave(step.group, dim=1)
+
+    @override
+    def close(self) -> None:
+        pass
+
+    @override
+    def pick_rows(self, rows: Tensor) -> None:
+        pass
 
 
 def _facts(model: Any) -> tuple[dict[int, LayerFacts], dict[int, int]]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from apportion.ops.attend import composed, reference
 from apportion.ops.triton_support import triton_is_missing
 
-__all__ = ["attend", "attend_selected", "causal"]
+__all__ = ["attend", "attend_masked", "attend_selected", "causal"]
 
 
 def attend(
@@ -137,6 +137,34 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 attend_selected.register_autograd(_backward, setup_context=_keep_inputs)
+
+
+def attend_masked(
+    queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Attention of every query over the keys that a mask lets it see: for many queries that each read many keys.
+
+    It compares every query with every key, which costs less than gathering where the lists of `attend_selected` are
+    together longer than what is stored.
+
+    Args:
+        queries: [batch, heads, new, width].
+        keys: [batch, groups, tokens, width].
+        values: [batch, groups, tokens, value_width].
+        seen: bool [batch, rows, new, tokens]; rows are heads, or groups whose heads share a mask.
+        scaling: see `attend`.
+        softcap: see `attend`.
+
+    Returns:
+        [batch, heads, new, value_width]; zeros for queries that see nothing.
+    """
+    heads, groups = queries.shape[1], keys.shape[1]
+    seen = seen.repeat_interleave(heads // seen.shape[1], dim=1)
+    if softcap is not None:
+        return reference.attend(queries, keys, values, seen, scaling, softcap)
+    keys, values = (each.repeat_interleave(heads // groups, dim=1) for each in (keys, values))
+    out = nn.functional.scaled_dot_product_attention(queries, keys, values, seen, scale=scaling)
+    return _nothing_seen(out, seen)
 
 
 def causal(new: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:
