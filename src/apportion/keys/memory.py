@@ -61,23 +61,21 @@ class ComposedMemory(LayerMemory):
     def attend(self, step: Step) -> Float[Tensor, "batch heads new value_width"]:
         if step.new == 1 and self._seen:
             self.close()
-        self._batch = len(step.keys)
-        self._padded = self._padded or not bool(step.real.all())
-        self._seen += step.new
-        self.store.append(step)
-        if self.selector is not None:
-            self.selector.extend(step, self.store)
+        self.take_in(step)
         chooses = self.selector is not None and (self.store.closed or self.prompt == "selected")
         selection = self.selector.select(step, self.store) if chooses else None  # type: ignore[union-attr]
         self.newest_selection = selection
+        common = None
+        if selection is not None and selection.indices.shape[1] == self.facts.groups:
+            common = selection.common()
         queries = self.store.queries(step.queries)
         if selection is None:
             keys, values = self.store.read()
             real = self.store.real if self._padded else None
             mixed = attend(queries, keys, values, step.scaling, step.softcap, real)
-        elif step.new == 1 and selection.indices.shape[1] == self.facts.groups:
+        elif common is not None:
             # All heads of a key-value head read one list: a store reads, and rebuilds, nothing else.
-            keys, values = self.store.read(selection.indices[:, :, 0])
+            keys, values = self.store.read(common)
             tokens = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
             mixed = attend_selected(queries, keys, values, tokens, selection.kept, step.scaling, step.softcap)
         else:
@@ -86,6 +84,15 @@ class ComposedMemory(LayerMemory):
             mixed = attend_selected(queries, keys, values, *chosen, step.scaling, step.softcap)
         self._account(step, selection)
         return self.store.outputs(mixed)
+
+    def take_in(self, step: Step) -> None:
+        """Remember tokens whose queries nobody asks for: those of a prompt that was read by another memory."""
+        self._batch = len(step.keys)
+        self._padded = self._padded or not bool(step.real.all())
+        self._seen += step.new
+        self.store.append(step)
+        if self.selector is not None:
+            self.selector.extend(step, self.store)
 
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
@@ -98,6 +105,7 @@ class ComposedMemory(LayerMemory):
         plain = 2 * self._seen * step.keys.shape[0] * step.keys.shape[1] * step.keys.shape[3] * step.keys.element_size()
         self.usage.bytes_held_dense = plain
         self.usage.bytes_held = self.store.bytes_held() + (self.selector.bytes_held() if self.selector else 0)
+        self.usage.bytes_slow, self.usage.bytes_moved = self.store.bytes_slow(), self.store.bytes_moved
         if not self.store.closed:
             return
         batch, heads = step.queries.shape[:2]
@@ -109,8 +117,8 @@ class ComposedMemory(LayerMemory):
         if selection is not None and self.selector is not None:
             kept = int(selection.kept.sum())
             self.usage.keys_read += kept * (heads // selection.indices.shape[1])
-            # A list is read once, whether it is one head's or all of a key-value head's.
-            self.usage.bytes_read += self.store.bytes_of(1) * kept // self.facts.groups
+            chosen = (selection.indices, selection.kept)
+            self.usage.bytes_read += self.store.bytes_of_lists(*chosen, self.facts.groups)
             self.usage.bytes_read += self.selector.bytes_scanned()
         else:
             self.usage.keys_read += batch * heads * step.new * self.store.length

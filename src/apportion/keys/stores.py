@@ -4,6 +4,7 @@ A store is exact until it is closed (the prompt is complete), since prefill atte
 it keeps what its method keeps. It serves one layer.
 """
 
+import weakref
 from abc import ABC, abstractmethod
 
 import torch
@@ -78,6 +79,8 @@ class Store(ABC):
     """
 
     closed = False
+    bytes_moved = 0
+    """What reading has fetched from slow memory so far."""
 
     @property
     @abstractmethod
@@ -114,6 +117,16 @@ class Store(ABC):
     @abstractmethod
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows of the batch, in this order."""
+
+    def bytes_slow(self) -> int:
+        """Of `bytes_held`, what is in slow memory."""
+        return 0
+
+    def bytes_of_lists(
+        self, indices: Int[Tensor, "batch rows new chosen"], kept: Bool[Tensor, "batch rows new chosen"], groups: int
+    ) -> int:
+        """What reading some lists of tokens touches: a list is read once, be it one head's or a key-value head's."""
+        return self.bytes_of(1) * int(kept.sum()) // groups
 
     def queries(self, queries: Float[Tensor, "batch heads new width"]) -> Float[Tensor, "batch heads new key_width"]:
         """The queries in the space of the stored keys."""
@@ -183,10 +196,14 @@ class ExactStore(Store):
         self._real.keep(real)
 
 
+# A rotation, and what it became when the newest tokens came: the layers of a pass find it here after the first.
+_JOINED: weakref.WeakKeyDictionary[Rotation, tuple[Rotation, Rotation]] = weakref.WeakKeyDictionary()
+
+
 class Rotations:
     """The rotary embedding of all tokens so far, for stores that keep keys as they were before it.
 
-    It is counted as held by the layer that keeps it: a model rotates all layers of a kind alike, and one copy would do.
+    Layers that are rotated alike share one copy, until rows of the batch are picked.
     """
 
     def __init__(self) -> None:
@@ -194,8 +211,18 @@ class Rotations:
 
     def append(self, rotation: Rotation | None) -> None:
         """Add those of the newest tokens; a model without rotary embedding has none."""
-        if rotation is not None:
-            self.all = rotation if self.all is None else self.all.then(rotation)
+        if rotation is None or self.all is None:
+            self.all = rotation if self.all is None else self.all
+            return
+        known = _JOINED.get(self.all)
+        if known is None or known[0] is not rotation:
+            known = _JOINED[self.all] = rotation, self.all.then(rotation)
+        self.all = known[1]
+
+    @property
+    def bytes(self) -> int:
+        """Of the one copy."""
+        return 0 if self.all is None else 2 * self.all.cos.numel() * self.all.cos.element_size()
 
     def apply(
         self, keys: Float[Tensor, "batch groups kept width"], tokens: Int[Tensor, "batch groups kept"] | None = None

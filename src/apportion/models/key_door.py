@@ -17,6 +17,7 @@ How it is done, on transformers 5 (each trap is a test):
 """
 
 import contextlib
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -192,6 +193,7 @@ class _Pass:
     cache: Any
     mask: Tensor | None
     rotations: dict[int, Rotation | None] = field(default_factory=dict)
+    turned: tuple[Tensor, Rotation] | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     steps: dict[int, LayerMemory] = field(default_factory=dict)
 
@@ -231,6 +233,25 @@ def close_prompt(cache: Any) -> None:
     """
     for memory in memories_of(cache):
         memory.close()
+
+
+def fork(cache: Any, replace: Callable[[LayerMemory], LayerMemory]) -> Any:
+    """A copy of a cache with other memories in it, so that what one pass has read can be gone on from in several ways.
+
+    Args:
+        cache: filled while a door was open; stays as it is.
+        replace: gives the memory that stands in the copy for one of the cache's.
+    """
+    branch = copy.copy(cache)
+    branch.layers = []
+    for layer in cache.layers:
+        if hasattr(layer, "memory"):
+            other = copy.copy(layer)
+            other.memory = replace(layer.memory)
+            branch.layers.append(other)
+        else:
+            branch.layers.append(copy.deepcopy(layer))
+    return branch
 
 
 # The attention function below is one for all models, so it looks here for the doors that are open.
@@ -439,9 +460,13 @@ def _before_attention(door: Door, layer: int) -> Any:
         if turned is None:
             door.under_way.rotations[layer] = None
             return
-        cos, sin = turned
-        half = cos.shape[-1] // 2
-        door.under_way.rotations[layer] = Rotation(cos[..., :half], sin[..., :half])
+        # Layers that are given the same tensors share one rotation, so that what is kept of it is kept once.
+        known = door.under_way.turned
+        if known is None or known[0] is not turned[0]:
+            cos, sin = turned
+            half = cos.shape[-1] // 2
+            known = door.under_way.turned = cos, Rotation(cos[..., :half], sin[..., :half])
+        door.under_way.rotations[layer] = known[1]
 
     return hook
 
