@@ -8,6 +8,7 @@ import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
 from apportion.keys.selectors import Oracle
+from apportion.keys.shadow_kv import ShadowKV
 from apportion.models.key_door import LayerFacts, LayerMemory
 
 
@@ -36,4 +37,8 @@ class NeedsFit(Keeps):
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
+    "shadow_kv": lambda lm: ShadowKV(budget=KeyBudget(share=1.0), rank_share=1.0, chunk=2, local=1, outliers=2),
+    "shadow_kv, folding": lambda lm: ShadowKV(
+        budget=KeyBudget(share=1.0), rank_share=1.0, chunk=2, local=1, outliers=1, fold=4, largest_residual=0.0
+    ),
 }
