@@ -101,8 +101,8 @@ class PromptSVDStore(ChunkedStore):
         self.closed = True
         keys = self._keys.view
         table = divide(keys, self.real, self._rule)
-        end = int(table.starts.min()) if len(table.counts) else 0
-        if end == 0 or self._stays_exact(table):
+        end = int(table.starts.min())
+        if self._stays_exact(table) or end == 0:
             self._rotations = Rotations()
             return
         rows = self._flat(keys[:, :, :end], 0)
