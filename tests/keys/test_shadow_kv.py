@@ -259,6 +259,41 @@ def test_a_padded_row_is_answered_as_it_would_be_alone(make_step: Any, facts: La
         assert torch.equal(both.newest_selection.mask(place + 1)[:1, ..., 7:], one.newest_selection.mask(place - 6))
 
 
+def test_padding_has_no_part_in_the_factorisation(make_step: Any, facts: LayerFacts) -> None:
+    step = make_step(43, padding=7)
+    loud = dataclasses.replace(step, keys=torch.where(step.real[:, None, :, None], step.keys, 50.0 * step.keys))
+    found = []
+    for given in (step, loud):
+        memory = memory_of(facts, rank_share=0.25)
+        read_prompt(memory, given, 43)
+        found.append(store_of(memory).read()[0][:, :, 7:])
+    torch.testing.assert_close(*found)
+
+
+def test_padding_has_no_say_in_what_a_turn_reads(make_step: Any, facts: LayerFacts) -> None:
+    step, found = make_step(53), []
+    real = step.real.clone()
+    real[0, 46:50] = False
+    for loudness in (1.0, 50.0):
+        queries = torch.where(real[:, None, :, None], step.queries, loudness * step.queries.flip(-1))
+        given = dataclasses.replace(step, queries=queries, real=real)
+        memory = memory_of(facts)
+        read_prompt(memory, given, 46)
+        memory.attend(part_of(given, 46, 53))
+        assert memory.newest_selection is not None
+        found.append(memory.newest_selection.mask(53))
+    assert torch.equal(*found)
+    assert not found[0][0, :, :, 46:50].any()
+
+
+def test_a_padded_row_whose_chunks_leave_nothing_over(make_step: Any) -> None:
+    step = make_step(16, padding=4)
+    table = divide(step.keys, step.real, ChunkRule(size=4, local=0, outliers=1))
+    assert table.counts.tolist() == [3, 4]
+    assert table.starts.tolist() == [16, 16]
+    assert divide(step.keys[:, :, :0], step.real[:, :0], ChunkRule(4, 0, 1)).counts.tolist() == [0, 0]
+
+
 # --- budgets and accounts --------------------------------------------------------------------------------------------
 
 
