@@ -5,19 +5,28 @@ where it is differentiable, a registered gradient. On devices without a kernel o
 """
 
 from apportion.ops.adam import adam_step_, project_rows_
+from apportion.ops.attend import attend_selected
 from apportion.ops.csr import csr_matmul, csr_sampled_product, csr_transposed_matmul
 from apportion.ops.encode import encode_select
+from apportion.ops.label_scores import label_scores, pack_labels, packed_label_scores, unpack_labels
+from apportion.ops.low_rank_keys import low_rank_keys
 from apportion.ops.select import select_above, select_columns, select_rows, select_total
 
 __all__ = [
     "adam_step_",
+    "attend_selected",
     "csr_matmul",
     "csr_sampled_product",
     "csr_transposed_matmul",
     "encode_select",
+    "label_scores",
+    "low_rank_keys",
+    "pack_labels",
+    "packed_label_scores",
     "project_rows_",
     "select_above",
     "select_columns",
     "select_rows",
     "select_total",
+    "unpack_labels",
 ]

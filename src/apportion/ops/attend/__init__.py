@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from apportion.ops.attend import reference
+from apportion.ops.attend import composed, reference
 
-__all__ = ["attend", "attend_selected"]
+__all__ = ["attend", "attend_selected", "causal"]
 
 
 def attend(
@@ -49,6 +49,7 @@ def attend(
     return _nothing_seen(out, seen)
 
 
+@torch.library.custom_op("apportion::attend_selected", mutates_args=())
 def attend_selected(
     queries: Tensor,
     keys: Tensor,
@@ -58,22 +59,51 @@ def attend_selected(
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of every query over a list of keys of its own; see ``reference.attend_selected`` for the shapes."""
-    batch, heads, new, width = queries.shape
-    groups, rows, chosen = keys.shape[1], indices.shape[1], indices.shape[-1]
-    # Rows of one key-value head, one after the other: [batch, groups, rows of it * new * chosen].
-    flat = indices.reshape(batch, groups, -1, 1)
-    shape = (batch, rows, new, chosen)
-    of_rows = keys.gather(2, flat.expand(-1, -1, -1, width)).view(*shape, width)
-    read = values.gather(2, flat.expand(-1, -1, -1, values.shape[-1])).view(*shape, -1)
-    packed = queries.view(batch, rows, heads // rows, new, width).transpose(2, 3)
-    scores = packed @ of_rows.transpose(-1, -2) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~kept[:, :, :, None, :], -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).nan_to_num(0.0)
-    out = weights.to(read.dtype) @ read
-    return out.transpose(2, 3).reshape(batch, heads, new, -1)
+    """Attention of every query over a list of keys of its own.
+
+    Differentiable in queries, keys and values.
+
+    Args:
+        queries: [batch, heads, new, width].
+        keys: [batch, groups, tokens, width], the queries' dtype.
+        values: [batch, groups, tokens, value_width], the queries' dtype.
+        indices: int64 [batch, rows, new, chosen], from 0 to tokens - 1; rows are heads, or groups whose heads share a
+            list. No key may come twice among the kept ones.
+        kept: bool, the shape of indices: False where a list is shorter than the longest.
+        scaling: of the products.
+        softcap: products become ``softcap * tanh(product / softcap)``; None for none.
+
+    Returns:
+        [batch, heads, new, value_width]; zeros for queries that keep nothing.
+    """
+    return composed.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+
+
+@attend_selected.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    kept: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    return queries.new_empty(*queries.shape[:3], values.shape[-1])
+
+
+def _keep_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.scaling, ctx.softcap = inputs[5:]
+    ctx.save_for_backward(*inputs[:5])
+
+
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    queries, keys, values, indices, kept = ctx.saved_tensors
+    to_inputs = composed.gradients(queries, keys, values, indices, kept, ctx.scaling, ctx.softcap, grad)
+    return *to_inputs, None, None, None, None
+
+
+attend_selected.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 def causal(new: int, tokens: int, device: torch.device | str = "cpu") -> Tensor:

@@ -1,0 +1,82 @@
+"""Scores of all tokens from a short label of each: a few channels of its key, or the mean of a chunk of keys.
+
+Labels are kept one token after the other, so that scoring reads memory in order and far less of it than the keys take.
+Without gradient: scores only say what is read.
+"""
+
+import torch
+from torch import Tensor
+
+from apportion.errors import InputError
+from apportion.ops.label_scores import reference
+
+__all__ = ["BITS", "label_scores", "pack_labels", "packed_label_scores", "unpack_labels"]
+
+BITS = (2, 4, 8)
+
+
+@torch.library.custom_op("apportion::label_scores", mutates_args=())
+def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
+    """Products of every query with the labels of all tokens.
+
+    Args:
+        queries: [batch, heads, new, channels].
+        labels: [batch, rows, tokens, channels]; rows are heads, or groups whose ``heads / rows`` heads share labels.
+
+    Returns:
+        [batch, heads, new, tokens] in float32; in float64 where an operand is.
+    """
+    return reference.label_scores(queries, labels)
+
+
+@torch.library.custom_op("apportion::packed_label_scores", mutates_args=())
+def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: int) -> Tensor:
+    """Products of every query with packed labels, which are never unpacked in memory.
+
+    Args:
+        queries: [batch, heads, new, channels]; not quantised.
+        codes: of `pack_labels`, [batch, rows, tokens, packed].
+        ranges: of `pack_labels`, [batch, rows, tokens, 2].
+        bits: of a code: 2, 4 or 8.
+
+    Returns:
+        [batch, heads, new, tokens] in float32; in float64 where the queries are.
+    """
+    return reference.packed_label_scores(queries, codes, ranges, bits)
+
+
+def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Labels in a few bits a channel, each between the smallest and the largest channel of its own token.
+
+    A channel is off by at most ``(max - min) / (2**bits - 1) / 2`` and float32 rounding. Tokens are packed each by
+    itself, so that codes and ranges can be appended token by token.
+
+    Args:
+        labels: [batch, rows, tokens, channels], finite.
+        bits: 2, 4 or 8.
+
+    Returns:
+        Codes, uint8 [batch, rows, tokens, ceil(channels * bits / 8)], and ranges, float32 [batch, rows, tokens, 2]: the
+        minimum of each label and the step between its codes.
+
+    Raises:
+        InputError: other bits.
+    """
+    if bits not in BITS:
+        raise InputError(f"bits={bits}: labels are packed in {', '.join(map(str, BITS))} bits; keep 16 unpacked")
+    return reference.pack_labels(labels, bits)
+
+
+def unpack_labels(codes: Tensor, ranges: Tensor, bits: int, channels: int) -> Tensor:
+    """What packed labels stand for: float32 [batch, rows, tokens, channels]."""
+    return reference.unpack_labels(codes, ranges, bits, channels)
+
+
+@label_scores.register_fake
+def _(queries: Tensor, labels: Tensor) -> Tensor:
+    return queries.new_empty(*queries.shape[:3], labels.shape[2], dtype=reference.sum_type(queries, labels))
+
+
+@packed_label_scores.register_fake
+def _(queries: Tensor, codes: Tensor, ranges: Tensor, bits: int) -> Tensor:
+    return queries.new_empty(*queries.shape[:3], codes.shape[2], dtype=reference.sum_type(queries, ranges))

@@ -1,0 +1,63 @@
+"""What scoring tokens by their labels is, in plain torch: unpack, widen, multiply."""
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+
+def label_scores(
+    queries: Float[Tensor, "batch heads new channels"], labels: Float[Tensor, "batch rows tokens channels"]
+) -> Float[Tensor, "batch heads new tokens"]:
+    """Products of every query with the labels of its row, in float32, or in float64 where an operand is."""
+    wide = sum_type(queries, labels)
+    heads, rows = queries.shape[1], labels.shape[1]
+    of_head = labels.to(wide).repeat_interleave(heads // rows, dim=1)
+    return queries.to(wide) @ of_head.transpose(-1, -2)
+
+
+def packed_label_scores(
+    queries: Float[Tensor, "batch heads new channels"],
+    codes: UInt8[Tensor, "batch rows tokens packed"],
+    ranges: Float[Tensor, "batch rows tokens 2"],
+    bits: int,
+) -> Float[Tensor, "batch heads new tokens"]:
+    """The same by packed labels: as if they were unpacked first."""
+    return label_scores(queries, unpack_labels(codes, ranges, bits, queries.shape[-1]))
+
+
+def pack_labels(
+    labels: Float[Tensor, "batch rows tokens channels"], bits: int
+) -> tuple[UInt8[Tensor, "batch rows tokens packed"], Float[Tensor, "batch rows tokens 2"]]:
+    """Codes, the first channel in the lowest bits of the first byte, and minimum and step of each label."""
+    wide = labels.float()
+    if wide.shape[-1] == 0:
+        return wide.new_zeros(wide.shape, dtype=torch.uint8), wide.new_zeros(*wide.shape[:-1], 2)
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    # Divided before the difference is taken, which might overflow.
+    step = high / (2**bits - 1) - low / (2**bits - 1)
+    # A constant label has no step: its codes are 0, and its minimum says everything.
+    codes = ((wide - low) / step.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 2**bits - 1)
+    per_byte = 8 // bits
+    size = -(-labels.shape[-1] // per_byte)
+    filled = torch.nn.functional.pad(codes.to(torch.uint8), (0, size * per_byte - labels.shape[-1]))
+    filled = filled.view(*labels.shape[:-1], size, per_byte)
+    shifts = torch.arange(0, 8, bits, device=labels.device, dtype=torch.uint8)
+    return (filled << shifts).sum(-1, dtype=torch.uint8), torch.cat([low, step], dim=-1)
+
+
+def unpack_labels(
+    codes: UInt8[Tensor, "batch rows tokens packed"],
+    ranges: Float[Tensor, "batch rows tokens 2"],
+    bits: int,
+    channels: int,
+) -> Float[Tensor, "batch rows tokens channels"]:
+    """Labels again: minimum + step * code."""
+    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
+    each = ((codes[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :channels]
+    labels: Tensor = ranges[..., :1] + ranges[..., 1:] * each.to(ranges.dtype)
+    return labels
+
+
+def sum_type(*operands: Tensor) -> torch.dtype:
+    """The type in which products are summed."""
+    return torch.float64 if any(each.dtype == torch.float64 for each in operands) else torch.float32
