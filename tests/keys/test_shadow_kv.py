@@ -15,7 +15,7 @@ from apportion.errors import InputError
 from apportion.keys import ComposedMemory, KeyBudget, compare_on_trace, read_method, record_trace
 from apportion.keys.chunks import ChunkRule, ChunkTable, divide
 from apportion.keys.landmarks import ChunkBudget, Landmarks
-from apportion.keys.prompt_svd import Folding, PromptSVDStore, principal_directions, rebuild_keys
+from apportion.keys.prompt_svd import Folding, PromptSVDStore, principal_directions
 from apportion.keys.shadow_kv import ShadowKV, shadow_report
 from apportion.keys.slow_memory import SlowTokens, put, true_places
 from apportion.keys.trace import part_of
@@ -81,16 +81,15 @@ def test_with_full_rank_keys_and_values_are_as_they_were(make_step: Any, facts: 
     assert torch.equal(values, step.values.gather(2, at))
 
 
-def test_keys_are_turned_by_the_positions_of_their_tokens(make_step: Any) -> None:
-    step = make_step(20)
-    rows = step.unrotated_keys().transpose(1, 2).flatten(2)
-    basis = torch.eye(16).view(16, 2, 8).transpose(0, 1).expand(2, 2, 16, 8)
-    tokens = torch.tensor([3, 11, 12]).expand(2, 2, 3)
-    found = rebuild_keys(rows, basis, tokens, step.rotation)
-    torch.testing.assert_close(found, step.keys[:, :, [3, 11, 12]])
-    late = make_step(20, start=1).rotation
-    assert (rebuild_keys(rows, basis, tokens, late) - found).abs().max() > 0.1
-    assert (rebuild_keys(rows, basis, tokens, None) - found).abs().max() > 0.1
+def test_keys_are_turned_by_the_positions_of_their_tokens(make_step: Any, facts: LayerFacts) -> None:
+    step, memory = make_step(43), memory_of(facts)
+    read_prompt(memory, step, 43)
+    store, tokens = store_of(memory), torch.tensor([5, 11, 12]).expand(2, 2, 3)
+    exact = step.keys[:, :, [5, 11, 12]]
+    torch.testing.assert_close(store.read(tokens)[0], exact, rtol=1e-4, atol=1e-4)
+    store._rotations.all = make_step(43, start=1).rotation
+    assert (store.read(tokens)[0] - exact).abs().max() > 0.1
+    assert (store.read()[0][:, :, [5, 11, 12]] - exact).abs().max() > 0.1
 
 
 def test_low_rank_keys_are_the_joint_fit_except_where_they_are_exact(make_step: Any, facts: LayerFacts) -> None:

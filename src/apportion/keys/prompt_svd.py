@@ -17,6 +17,7 @@ from apportion.keys.chunks import ChunkedStore, ChunkRule, ChunkTable, divide, o
 from apportion.keys.slow_memory import KeptTokens, SlowTokens, put, true_places
 from apportion.keys.stores import Growing, Rotations, gather_tokens
 from apportion.models.key_door import Rotation, Step
+from apportion.ops.low_rank_keys import low_rank_keys
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class PromptSVDStore(ChunkedStore):
         if now is None:
             return tail if tokens is None else (gather_tokens(tail[0], tokens), gather_tokens(tail[1], tokens))
         if tokens is None:
-            keys = torch.cat([rebuild_all(now.factors, now.basis, self._rotation()), tail[0]], dim=2)
+            keys = torch.cat([self._rebuilt(now), tail[0]], dim=2)
             keys = keys.scatter(2, now.outlier_tokens[..., None].expand_as(now.outlier_keys), now.outlier_keys)
             values = torch.cat([now.values.all(), tail[1]], dim=2)
             self.bytes_moved = now.values.moved
@@ -150,7 +151,9 @@ class PromptSVDStore(ChunkedStore):
             return keys, values
         wanted = rest.gather(2, places)
         chosen = tokens.gather(2, places).masked_fill(~wanted, 0)
-        keys = put(keys, places, rest, rebuild_keys(now.factors, now.basis, chosen, self._rotation()))
+        turned = self._rotation()
+        angles = (None, None) if turned is None else (turned.cos, turned.sin)
+        keys = put(keys, places, rest, low_rank_keys(now.factors, now.basis, chosen, *angles))
         values = put(values, places, rest, now.values.read(chosen, wanted))
         self.bytes_moved = now.values.moved
         return keys, values
@@ -219,7 +222,13 @@ class PromptSVDStore(ChunkedStore):
         basis = None if self._compressed is None else self._compressed.basis
         return 0 if basis is None else basis[0].numel() * basis.element_size()
 
+    def _rebuilt(self, now: "_Compressed") -> Float[Tensor, "batch groups tokens width"]:
+        """All keys that are in factors."""
+        keys, turned = now.factors[:, None] @ now.basis, self._rotation()
+        return keys if turned is None else turned.apply(keys)
+
     def _rotation(self) -> Rotation | None:
+        """Of the tokens that are in factors."""
         turned = self._rotations.all
         return None if turned is None else turned.at(slice(0, self.tail_start))
 
@@ -322,31 +331,3 @@ def principal_directions(
     else:
         found = torch.linalg.eigh(rows.transpose(1, 2) @ rows).eigenvectors.flip(-1)
     return found[..., :rank].float()
-
-
-def rebuild_keys(
-    factors: Float[Tensor, "batch tokens rank"],
-    basis: Float[Tensor, "batch groups rank width"],
-    tokens: Int[Tensor, "batch groups some"],
-    rotation: Rotation | None,
-) -> Float[Tensor, "batch groups some width"]:
-    """Keys of some tokens of each head: a row of factors times the head's part of the basis, turned by its position."""
-    batch, groups, some = tokens.shape
-    flat = tokens.reshape(batch, groups * some)
-    rows = factors.gather(1, flat[..., None].expand(-1, -1, factors.shape[-1])).view(batch, groups, some, -1)
-    keys = rows @ basis
-    if rotation is None:
-        return keys
-    if len(rotation.cos) == 1 < batch:
-        rotation = Rotation(rotation.cos.expand(batch, -1, -1), rotation.sin.expand(batch, -1, -1))
-    return rotation.at(flat).apply(keys.flatten(1, 2)[:, None])[:, 0].view(batch, groups, some, -1)
-
-
-def rebuild_all(
-    factors: Float[Tensor, "batch tokens rank"],
-    basis: Float[Tensor, "batch groups rank width"],
-    turned: Rotation | None,
-) -> Float[Tensor, "batch groups tokens width"]:
-    """Keys of all tokens; as `rebuild_keys`."""
-    keys = factors[:, None] @ basis
-    return keys if turned is None else turned.apply(keys)
