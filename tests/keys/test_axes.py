@@ -15,11 +15,11 @@ from apportion.keys import (
     compare_on_trace,
     record_trace,
 )
-from apportion.keys.selectors import Oracle, RandomKeys, SinksAndRecent, TopKeys, across_group, best_tokens
-from apportion.keys.stores import Growing
+from apportion.keys.selectors import Oracle, RandomKeys, Selector, SinksAndRecent, TopKeys, across_group, best_tokens
+from apportion.keys.stores import Growing, Rotations
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import load
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_door import LayerFacts, attend_with, fork, memories_of
 from apportion.ops.attend import attend, attend_masked, attend_selected, causal, reference
 from key_methods import Keeps, NeedsFit
 
@@ -289,3 +289,79 @@ def test_scores_are_asked_only_where_the_budget_is_short(make_step: Any, facts: 
             raise AssertionError
 
     ComposedMemory(facts, selector=Never(KeyBudget(keys=8)), prompt="selected").attend(make_step(8))
+
+
+def test_layers_that_turn_alike_keep_one_rotation(llama: Any) -> None:
+    stores = [Rotations(), Rotations()]
+    kept: dict[int, list[Any]] = {0: [], 2: []}
+
+    class Watching(ComposedMemory):
+        def take_in(self, step: Any) -> None:
+            kept.setdefault(self.facts.layer, []).append(step.rotation)
+            super().take_in(step)
+
+    with attend_with(llama, Watching):
+        cache = llama(torch.arange(3, 9)[None]).past_key_values
+        llama(torch.arange(3, 6)[None], past_key_values=cache)
+    for first, last in zip(kept[0], kept[2], strict=True):
+        assert first is last
+        for store, rotation in zip(stores, (first, last), strict=True):
+            store.append(rotation)
+        assert stores[0].all is stores[1].all
+    assert stores[0].all.cos.shape[1] == 9
+    assert torch.equal(stores[0].all.sin[:, 6:], kept[0][1].sin)
+
+
+def test_a_prompt_that_was_read_once_goes_on_in_several_ways(llama: Any) -> None:
+    prompt, later = torch.arange(3, 15)[None], torch.arange(20, 24)[None]
+    exact = llama(torch.cat([prompt, later], dim=1)).logits[:, 12:]
+    steps: dict[int, Any] = {}
+
+    class Watching(ComposedMemory):
+        def take_in(self, step: Any) -> None:
+            steps.setdefault(self.facts.layer, step)
+            super().take_in(step)
+
+    def again(memory: Any) -> ComposedMemory:
+        other = ComposedMemory(memory.facts, selector=Oracle(KeyBudget(share=1.0)))
+        other.take_in(steps[memory.facts.layer])
+        other.close()
+        return other
+
+    with attend_with(llama, Watching):
+        cache = llama(prompt).past_key_values
+        for _ in range(2):
+            branch = fork(cache, again)
+            torch.testing.assert_close(llama(later, past_key_values=branch).logits, exact, rtol=1e-4, atol=1e-5)
+            assert branch.get_seq_length() == 16
+        assert cache.get_seq_length() == 12
+        assert all(memory.usage.steps == 1 for memory in memories_of(branch))
+
+
+def test_a_list_that_all_queries_share_is_read_once(make_step: Any, facts: LayerFacts) -> None:
+    asked = []
+
+    class OneList(Selector):
+        def select(self, step: Any, store: Any) -> KeySelection:
+            indices = torch.tensor([0, 3, 8, 9]).expand(2, 2, 2, 4)
+            return KeySelection(indices, indices <= torch.tensor([8, 9])[:, None])
+
+    class Watched(ExactStore):
+        def read(self, tokens: Any = None) -> Any:
+            asked.append(tokens)
+            return super().read(tokens)
+
+    memory = ComposedMemory(facts, Watched(), OneList())
+    step = make_step(10)
+    memory.attend(part_of(step, 0, 8))
+    memory.close()
+    found = memory.attend(part_of(step, 8, 10))
+    assert asked[-1].shape == (2, 2, 4)
+    selection = memory.newest_selection
+    assert selection is not None
+    exact = reference.attend(
+        step.queries[:, :, 8:], step.keys, step.values, selection.mask(10).repeat_interleave(2, 1), step.scaling, None
+    )
+    torch.testing.assert_close(found, exact)
+    own = KeySelection(torch.arange(4).view(1, 1, 2, 2), torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    assert own.common() is None

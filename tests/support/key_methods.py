@@ -11,6 +11,7 @@ from apportion.keys.cskv import CSKV
 from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.seer_attention import GateRecipe, SeerAttention
 from apportion.keys.selectors import Oracle
+from apportion.keys.shadow_kv import ShadowKV
 from apportion.models.key_door import LayerFacts, LayerMemory
 
 
@@ -53,4 +54,8 @@ EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "quest": lambda lm: Quest(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
     "sparq": lambda lm: SparQ(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
     "loki": lambda lm: Loki(budget=KeyBudget(share=1.0), dense_layers=0, prompt="selected"),
+    "shadow_kv": lambda lm: ShadowKV(budget=KeyBudget(share=1.0), rank_share=1.0, chunk=2, local=1, outliers=2),
+    "shadow_kv, folding": lambda lm: ShadowKV(
+        budget=KeyBudget(share=1.0), rank_share=1.0, chunk=2, local=1, outliers=1, fold=4, largest_residual=0.0
+    ),
 }

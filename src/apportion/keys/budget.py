@@ -66,6 +66,8 @@ class Usage:
         bytes_dense: what dense attention would have touched.
         bytes_held: that the newest state occupies: keys, values, side tables, factors and rotations.
         bytes_held_dense: what a plain cache of the same tokens would.
+        bytes_slow: of ``bytes_held``, what is kept in slow memory (beside a GPU, or counted as such).
+        bytes_moved: of ``bytes_read``, what had to come from slow memory for it.
     """
 
     steps: int = 0
@@ -76,6 +78,8 @@ class Usage:
     bytes_dense: int = 0
     bytes_held: int = 0
     bytes_held_dense: int = 0
+    bytes_slow: int = 0
+    bytes_moved: int = 0
 
     @staticmethod
     def total(parts: Iterable["Usage"]) -> "Usage":
@@ -95,3 +99,8 @@ class Usage:
     def share_held(self) -> float:
         """Bytes held as a share of a plain cache's; 1 where nothing is held."""
         return self.bytes_held / self.bytes_held_dense if self.bytes_held_dense else 1.0
+
+    @property
+    def share_fast(self) -> float:
+        """Bytes held in fast memory as a share of a plain cache's; 1 where nothing is held."""
+        return (self.bytes_held - self.bytes_slow) / self.bytes_held_dense if self.bytes_held_dense else 1.0

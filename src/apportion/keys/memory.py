@@ -65,14 +65,17 @@ class ComposedMemory(LayerMemory):
         chooses = self.selector is not None and (self.store.closed or self.prompt == "selected")
         selection = self.selector.select(step, self.store) if chooses else None  # type: ignore[union-attr]
         self.newest_selection = selection
+        common = None
+        if selection is not None and selection.indices.shape[1] == self.facts.groups:
+            common = selection.common()
         queries = self.store.queries(step.queries)
         if selection is None:
             keys, values = self.store.read()
             real = self.store.real if self._padded else None
             mixed = attend(queries, keys, values, step.scaling, step.softcap, real)
-        elif step.new == 1 and selection.indices.shape[1] == self.facts.groups:
+        elif common is not None:
             # All heads of a key-value head read one list: a store reads, and rebuilds, nothing else.
-            keys, values = self.store.read(selection.indices[:, :, 0])
+            keys, values = self.store.read(common)
             tokens = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
             mixed = attend_selected(queries, keys, values, tokens, selection.kept, step.scaling, step.softcap)
         elif step.new * selection.indices.shape[-1] > self.store.length:
@@ -88,7 +91,7 @@ class ComposedMemory(LayerMemory):
         return self.store.outputs(mixed)
 
     def take_in(self, step: Step) -> None:
-        """Remember tokens without reading anything: a prompt whose attention somebody else has computed."""
+        """Remember tokens whose queries nobody asks for: those of a prompt that was read by another memory."""
         self._batch = len(step.keys)
         self._padded = self._padded or not bool(step.real.all())
         self._seen += step.new
@@ -107,6 +110,7 @@ class ComposedMemory(LayerMemory):
         plain = 2 * self._seen * step.keys.shape[0] * step.keys.shape[1] * step.keys.shape[3] * step.keys.element_size()
         self.usage.bytes_held_dense = plain
         self.usage.bytes_held = self.store.bytes_held() + (self.selector.bytes_held() if self.selector else 0)
+        self.usage.bytes_slow, self.usage.bytes_moved = self.store.bytes_slow(), self.store.bytes_moved
         if not self.store.closed:
             return
         batch, heads = step.queries.shape[:2]
@@ -118,8 +122,8 @@ class ComposedMemory(LayerMemory):
         if selection is not None and self.selector is not None:
             kept = int(selection.kept.sum())
             self.usage.keys_read += kept * (heads // selection.indices.shape[1])
-            # A list is read once, whether it is one head's or all of a key-value head's.
-            self.usage.bytes_read += self.store.bytes_of(1) * kept // self.facts.groups
+            chosen = (selection.indices, selection.kept)
+            self.usage.bytes_read += self.store.bytes_of_lists(*chosen, self.facts.groups)
             self.usage.bytes_read += self.selector.bytes_scanned()
         else:
             self.usage.keys_read += batch * heads * step.new * self.store.length

@@ -46,6 +46,11 @@ class KeySelection:
         kept, indices = mask.int().sort(dim=-1, descending=True, stable=True)
         return KeySelection(indices[..., :chosen], kept[..., :chosen].bool())
 
+    def common(self) -> Int[Tensor, "batch rows chosen"] | None:
+        """The list that all queries share, though some may not keep all of it; None where they have their own."""
+        first = self.indices[:, :, :1]
+        return first[:, :, 0] if torch.equal(self.indices, first.expand_as(self.indices)) else None
+
     def tokens_per_group(self, groups: int) -> int:
         """Distinct tokens that some head of a key-value head reads, summed over batch, key-value heads and queries."""
         rows = self.indices.shape[1]

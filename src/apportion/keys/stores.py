@@ -78,6 +78,8 @@ class Store(ABC):
     """
 
     closed = False
+    bytes_moved = 0
+    """What reading has fetched from slow memory so far."""
 
     @property
     @abstractmethod
@@ -114,6 +116,16 @@ class Store(ABC):
     @abstractmethod
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows of the batch, in this order."""
+
+    def bytes_slow(self) -> int:
+        """Of `bytes_held`, what is in slow memory."""
+        return 0
+
+    def bytes_of_lists(
+        self, indices: Int[Tensor, "batch rows new chosen"], kept: Bool[Tensor, "batch rows new chosen"], groups: int
+    ) -> int:
+        """What reading some lists of tokens touches: a list is read once, be it one head's or a key-value head's."""
+        return self.bytes_of(1) * int(kept.sum()) // groups
 
     def queries(self, queries: Float[Tensor, "batch heads new width"]) -> Float[Tensor, "batch heads new key_width"]:
         """The queries in the space of the stored keys."""

@@ -17,6 +17,7 @@ How it is done, on transformers 5 (each trap is a test):
 """
 
 import contextlib
+import copy
 import inspect
 import weakref
 from abc import ABC, abstractmethod
@@ -250,6 +251,25 @@ def close_prompt(cache: Any) -> None:
     """
     for memory in memories_of(cache):
         memory.close()
+
+
+def fork(cache: Any, replace: Callable[[LayerMemory], LayerMemory]) -> Any:
+    """A copy of a cache with other memories in it, so that what one pass has read can be gone on from in several ways.
+
+    Args:
+        cache: filled while a door was open; stays as it is.
+        replace: gives the memory that stands in the copy for one of the cache's.
+    """
+    branch = copy.copy(cache)
+    branch.layers = []
+    for layer in cache.layers:
+        if hasattr(layer, "memory"):
+            other = copy.copy(layer)
+            other.memory = replace(layer.memory)
+            branch.layers.append(other)
+        else:
+            branch.layers.append(copy.deepcopy(layer))
+    return branch
 
 
 # The attention function below is one for all models, so it looks here for the doors that are open.
@@ -512,6 +532,7 @@ def _before_attention(door: Door, layer: int) -> Any:
         if turned is None:
             door.under_way.rotations[layer] = None
             return
+        # Layers that are given the same tensors share one rotation, so that what is kept of it is kept once.
         newest = door.under_way.turned
         if newest is None or newest[0] is not turned[0]:
             cos, sin = turned

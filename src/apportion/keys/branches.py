@@ -1,0 +1,110 @@
+"""What many methods make of one context that was read once: logits, answers, and what reading cost.
+
+Most of the work of a comparison is the dense prefill, the same for every method that leaves it dense. It is done once;
+each method is given the queries' keys and values of it, closes, and goes on by itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from apportion.data.tasks.shared_context import SharedContext
+from apportion.errors import InputError
+from apportion.keys.budget import Usage
+from apportion.keys.memory import ComposedMemory
+from apportion.keys.scoring import Answered, encode_parts
+from apportion.models import LanguageModel
+from apportion.models.key_door import LayerFacts, LayerMemory, Step, attend_with, fork, memories_of
+
+MakeComposed = Callable[[LayerFacts], ComposedMemory]
+
+
+@torch.no_grad()
+def go_on(
+    model: LanguageModel,
+    context: Int[Tensor, " context_tokens"],
+    later: Int[Tensor, "rows later_tokens"],
+    methods: Mapping[str, MakeComposed],
+) -> Iterator[tuple[str, Float[Tensor, "rows later_tokens vocabulary"], Usage]]:
+    """Read a context once, and let every method take in what follows it, in several ways at once.
+
+    What follows comes in one pass. A method whose queries choose for themselves, as all of the room do by default or
+    with ``turn="each"``, gives what token by token would.
+
+    Args:
+        model: a decoder.
+        context: what all rows begin with.
+        later: what each row goes on with.
+        methods: names, and what makes a layer's memory; ``some_method.memory`` is one, `ComposedMemory` is dense
+            attention.
+
+    Yields:
+        The method's name, the logits at every later token, and the cost of reading, over all layers and rows.
+    """
+    rows = torch.zeros(len(later), dtype=torch.long, device=later.device)
+    with attend_with(model, _Prompt):
+        cache = model.model(context[None], use_cache=True, logits_to_keep=1).past_key_values
+        for name, make in methods.items():
+
+            def branch(memory: LayerMemory, make: MakeComposed = make) -> LayerMemory:
+                assert isinstance(memory, _Prompt)
+                other = make(memory.facts)
+                for step in memory.steps:
+                    other.take_in(step)
+                other.close()
+                return other
+
+            own = fork(cache, branch)
+            own.batch_select_indices(rows)
+            logits = model.model(later, past_key_values=own).logits
+            memories = [each for each in memories_of(own) if isinstance(each, ComposedMemory)]
+            yield name, logits, Usage.total(each.usage for each in memories)
+
+
+def ask_all(
+    model: LanguageModel, task: SharedContext, methods: Mapping[str, MakeComposed]
+) -> dict[str, list[Answered]]:
+    """Ask every turn of a task on its own, of every method, with answers teacher-forced; see `go_on`.
+
+    Args:
+        model: a decoder.
+        task: a context and its turns, each asked as if it were the first.
+        methods: see `go_on`.
+
+    Returns:
+        By method, in the order of turns; ``usage`` is of all turns that were asked together.
+
+    Raises:
+        InputError: the context is cut into other tokens by another question.
+    """
+    parts = [encode_parts(model, [task.context, turn.question, turn.answer]) for turn in task.turns]
+    context = parts[0][0]
+    if any(not torch.equal(context, each[0]) for each in parts):
+        raise InputError("the context's last token reaches into a question: begin questions with a space or line break")
+    sizes = sorted({(len(question), len(answer)) for _, question, answer in parts})
+    found: dict[str, dict[int, Answered]] = {name: {} for name in methods}
+    for size in sizes:
+        places = [place for place, (_, *rest) in enumerate(parts) if tuple(map(len, rest)) == size]
+        later = torch.stack([torch.cat(parts[place][1:])[:-1] for place in places])
+        for name, logits, usage in go_on(model, context, later, methods):
+            for row, place in zip(logits[:, size[0] - 1 :].float(), places, strict=True):
+                answer = parts[place][2]
+                nll = float(torch.nn.functional.cross_entropy(row, answer))
+                found[name][place] = Answered(bool((row.argmax(-1) == answer).all()), nll, place, usage)
+    return {name: [answers[place] for place in sorted(answers)] for name, answers in found.items()}
+
+
+class _Prompt(ComposedMemory):
+    """Dense attention that keeps what it was given."""
+
+    def __init__(self, facts: LayerFacts) -> None:
+        super().__init__(facts)
+        self.steps: list[Step] = []
+
+    @override
+    def take_in(self, step: Step) -> None:
+        self.steps.append(step)
+        super().take_in(step)

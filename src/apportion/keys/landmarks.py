@@ -1,0 +1,172 @@
+"""A selector of chunks by their mean keys (ShadowKV's landmarks)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from apportion.errors import InputError
+from apportion.keys.budget import KeyBudget
+from apportion.keys.chunks import ChunkedStore, ChunkTable
+from apportion.keys.selectors import KeySelection, Selector, visible
+from apportion.keys.stores import Store
+from apportion.models.key_door import Step
+
+COUNTED, TURNS = ("selected", "all"), ("shared", "each")
+
+
+@dataclass(frozen=True)
+class ChunkBudget:
+    """How many chunks a budget of keys buys.
+
+    Attributes:
+        keys: the budget.
+        counted: ``selected``: of selected chunks alone, as a share of the prompt; outliers, the end of the prompt and
+            later tokens come on top. ``all``: of everything that is read, as a share of what a query could see.
+    """
+
+    keys: KeyBudget
+    counted: str = "selected"
+
+    @property
+    def everything(self) -> bool:
+        """Whether it is for all keys, however many there will be."""
+        return self.keys.share == 1
+
+    def chunks(
+        self, table: ChunkTable, seen: Int[Tensor, "batch new"], tail: Int[Tensor, "batch new"]
+    ) -> Int[Tensor, "batch new"]:
+        """For queries that see so many tokens, of which so many are in no chunk."""
+        size = table.rule.size
+        if self.counted == "selected":
+            prompt = table.lengths[:, None].expand_as(seen)
+            return (self._tokens(prompt) + size - 1) // size
+        fixed = table.outlier_counts[:, None] * size + tail
+        return ((self._tokens(seen) - fixed) // size).clamp_min(0)
+
+    def reads_all(self, table: ChunkTable) -> bool:
+        """Whether it leaves nothing to choose from a prompt that was just closed, though it is not for everything."""
+        if self.everything:
+            return False
+        tail = table.lengths - table.counts * table.rule.size
+        wanted = self.chunks(table, table.lengths[:, None], tail[:, None])[:, 0]
+        return bool((wanted >= table.counts - table.outlier_counts).all())
+
+    def _tokens(self, seen: Int[Tensor, "batch new"]) -> Int[Tensor, "batch new"]:
+        if self.keys.share is not None:
+            return (seen * self.keys.share).ceil().long()
+        return torch.full_like(seen, self.keys.tokens(2**62))
+
+
+class Landmarks(Selector):
+    """The chunks whose mean keys a query likes best, beside outliers and all tokens that are in no chunk.
+
+    A query's products with the landmarks go through a softmax (in float32); the query heads of a key-value head agree
+    on the largest weight.
+
+    Args:
+        budget: how many chunks.
+        turn: queries of one pass after the prompt: ``shared``: all read the chunks of their summed weights; ``each``:
+            every query its own, as if the tokens had come one by one.
+
+    Raises:
+        InputError: no such ``turn``.
+    """
+
+    def __init__(self, budget: ChunkBudget, turn: str = "shared") -> None:
+        if turn not in TURNS:
+            raise InputError(f"turn={turn!r}: one of {', '.join(TURNS)}")
+        self._budget, self._turn = budget, turn
+        self._table: ChunkTable | None = None
+        self._before: Int[Tensor, "batch groups most"] | None = None
+        self._hits, self._asked = torch.zeros((), dtype=torch.long), 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the chunks selected for a token that were selected for the token before; NaN before two tokens."""
+        return int(self._hits) / self._asked if self._asked else float("nan")
+
+    @override
+    def close(self, store: Store) -> None:
+        if not isinstance(store, ChunkedStore):
+            raise InputError(f"Landmarks needs a store that keeps chunks, not {type(store).__name__}")
+
+    @override
+    def select(self, step: Step, store: Store) -> KeySelection | None:
+        assert isinstance(store, ChunkedStore)
+        table = self._table = store.table
+        if table is None or self._budget.everything:
+            return None
+        seen = visible(step, store)
+        tail = torch.arange(store.tail_start, store.length, device=seen.device)
+        in_tail = seen[..., store.tail_start :] & (tail >= table.starts[:, None])[:, None]
+        wanted = self._budget.chunks(table, seen.sum(-1), in_tail.sum(-1))
+        if bool((wanted >= (table.counts - table.outlier_counts)[:, None]).all()):
+            return None
+        chunks, kept = self._best(self.scores(step, table), table, wanted)
+        if step.new == 1:
+            self._compare(chunks[:, :, 0].masked_fill(~kept[:, :, 0], -1))
+        return _lists(table, chunks, kept, tail, in_tail)
+
+    def scores(self, step: Step, table: ChunkTable) -> Float[Tensor, "batch groups asking chunks"]:
+        """How much the heads of each key-value head want each chunk; ``asking`` is 1 where a pass shares its choice."""
+        batch, heads, new, width = step.queries.shape
+        groups = table.means.shape[1]
+        queries = step.queries.view(batch, groups, heads // groups, new, width)
+        products = (queries @ table.means[:, :, None].transpose(-1, -2)).float() * step.scaling
+        if step.softcap is not None:
+            products = step.softcap * torch.tanh(products / step.softcap)
+        products = products.masked_fill(~table.candidates[:, :, None, None], -torch.inf)
+        weights = products.softmax(-1).nan_to_num(0.0)
+        if self._turn == "shared":
+            weights = (weights * step.real[:, None, None, :, None]).sum(3, keepdim=True)
+        return weights.amax(2)
+
+    @override
+    def bytes_scanned(self) -> int:
+        return 0 if self._table is None else self._table.means.numel() * self._table.means.element_size()
+
+    @override
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        self._before = None if self._before is None else self._before[rows]
+
+    @staticmethod
+    def _best(
+        scores: Float[Tensor, "batch groups asking chunks"], table: ChunkTable, wanted: Int[Tensor, "batch new"]
+    ) -> tuple[Int[Tensor, "batch groups new most"], Bool[Tensor, "batch groups new most"]]:
+        scores = scores.masked_fill(~table.candidates[:, :, None], -1.0)
+        best = scores.topk(min(scores.shape[-1], int(wanted.max())), dim=-1)
+        rank = torch.arange(best.indices.shape[-1], device=scores.device)
+        kept = (best.values >= 0) & (rank < wanted[:, None, :, None])
+        return best.indices.expand_as(kept), kept
+
+    def _compare(self, chunks: Int[Tensor, "batch groups most"]) -> None:
+        if self._before is not None and self._before.shape[0] == chunks.shape[0]:
+            again = (chunks[..., None] == self._before[..., None, :]).any(-1) & (chunks >= 0)
+            self._hits = self._hits.to(chunks.device) + again.sum()
+            self._asked += int((chunks >= 0).sum())
+        self._before = chunks
+
+
+def _lists(
+    table: ChunkTable,
+    chunks: Int[Tensor, "batch groups new most"],
+    kept: Bool[Tensor, "batch groups new most"],
+    tail: Int[Tensor, " later"],
+    in_tail: Bool[Tensor, "batch new later"],
+) -> KeySelection:
+    """Outliers, selected chunks and the tail as lists of tokens."""
+    batch, groups, new, most = chunks.shape
+    size = table.rule.size
+    outlying = table.tokens(table.outliers)
+    own = torch.arange(outlying.shape[-1], device=chunks.device) < (table.outlier_counts * size)[:, None]
+    selected = table.tokens(chunks.reshape(batch, groups, new * most)).view(batch, groups, new, most * size)
+    indices = [outlying[:, :, None], selected, tail]
+    masks = [own[:, None, None], kept.repeat_interleave(size, dim=-1), in_tail[:, None]]
+    every = torch.cat([each.expand(batch, groups, new, each.shape[-1]) for each in indices], dim=-1)
+    mask = torch.cat([each.expand(batch, groups, new, each.shape[-1]) for each in masks], dim=-1)
+    # What no query keeps points to the newest token, which costs nothing to read.
+    newest = int(tail[-1])
+    return KeySelection(every.masked_fill(~mask.any(2, keepdim=True), newest), mask)
