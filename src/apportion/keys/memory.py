@@ -61,12 +61,7 @@ class ComposedMemory(LayerMemory):
     def attend(self, step: Step) -> Float[Tensor, "batch heads new value_width"]:
         if step.new == 1 and self._seen:
             self.close()
-        self._batch = len(step.keys)
-        self._padded = self._padded or not bool(step.real.all())
-        self._seen += step.new
-        self.store.append(step)
-        if self.selector is not None:
-            self.selector.extend(step, self.store)
+        self.take_in(step)
         chooses = self.selector is not None and (self.store.closed or self.prompt == "selected")
         selection = self.selector.select(step, self.store) if chooses else None  # type: ignore[union-attr]
         self.newest_selection = selection
@@ -86,6 +81,15 @@ class ComposedMemory(LayerMemory):
             mixed = attend_selected(queries, keys, values, *chosen, step.scaling, step.softcap)
         self._account(step, selection)
         return self.store.outputs(mixed)
+
+    def take_in(self, step: Step) -> None:
+        """Remember the newest tokens without reading for their queries, as where another memory has done that."""
+        self._batch = len(step.keys)
+        self._padded = self._padded or not bool(step.real.all())
+        self._seen += step.new
+        self.store.append(step)
+        if self.selector is not None:
+            self.selector.extend(step, self.store)
 
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
