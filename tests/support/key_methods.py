@@ -7,7 +7,11 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
+from apportion.keys.catalogue import CATALOGUE, method_named
+from apportion.keys.kvpress_adapter import KvPress
+from apportion.keys.quantized import QuantizedKeys
 from apportion.keys.selectors import Oracle
+from apportion.keys.streaming_llm import StreamingLLM
 from apportion.models.key_door import LayerFacts, LayerMemory
 
 
@@ -33,7 +37,29 @@ class NeedsFit(Keeps):
         return self
 
 
+@dataclasses.dataclass
+class ShortKeys:
+    """An object with the interface of a kvpress press; kvpress itself cannot be installed beside our transformers."""
+
+    compression_ratio: float = 0.5
+
+    def score(
+        self, module: Any, hidden_states: Any, keys: torch.Tensor, values: torch.Tensor, attentions: Any, kwargs: Any
+    ) -> torch.Tensor:
+        assert attentions is None
+        assert module is not None
+        assert hidden_states.shape[1] == keys.shape[2]
+        return -keys.norm(dim=-1)
+
+
+# Methods of the catalogue that forget nothing and read everything if the budget is everything.
+ROOMY = [name for name, each in CATALOGUE.items() if each.saves != "bits"]
+
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
+    **{name: lambda lm, name=name: method_named(name, KeyBudget(share=1.0)) for name in ROOMY},
+    "streaming_llm, window in the prompt": lambda lm: StreamingLLM(KeyBudget(keys=200, sinks=2), prompt="selected"),
+    "quantized, all exact": lambda lm: QuantizedKeys(residual=10_000),
+    "kvpress": lambda lm: KvPress(ShortKeys(compression_ratio=0.0)),
 }
