@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, KeyBudget, KeyMethod
-from apportion.keys.catalogue import CATALOGUE, method_named
+from apportion.keys.catalogue import method_named
 from apportion.keys.kvpress_adapter import KvPress
 from apportion.keys.quantized import QuantizedKeys
 from apportion.keys.selectors import Oracle
@@ -52,8 +52,8 @@ class ShortKeys:
         return -keys.norm(dim=-1)
 
 
-# Methods of the catalogue that forget nothing and read everything if the budget is everything.
-ROOMY = [name for name, each in CATALOGUE.items() if each.saves != "bits"]
+# Of the catalogue; the others are these with other settings, or cannot have a budget for everything.
+ROOMY = ("dense", "sinks_and_recent", "random", "streaming_llm", "snap_kv", "knorm")
 
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {

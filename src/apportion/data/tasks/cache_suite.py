@@ -78,7 +78,9 @@ SUITE: dict[str, CacheTask] = {
         "the five words that come often (one turn)",
     ),
     "frequent_words": CacheTask(
-        lambda count, words, turns, seed: frequent_words(count, words=words, turns=min(5, turns), seed=seed),
+        lambda count, words, turns, seed: frequent_words(
+            count, words=words, kinds=max(8, min(30, words // 8)), turns=min(5, turns), seed=seed
+        ),
         8,
         "the most frequent words of a Zipf-like list",
     ),
