@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from apportion.errors import InputError
-from apportion.keys import ComposedMemory, KeyBudget, read_method
-from apportion.keys.eviction import EvictingStore
+from apportion.keys import ComposedMemory, ExactStore, KeyBudget, read_method
+from apportion.keys.eviction import EvictingStore, keep_best
 from apportion.keys.key_norm import KeyNorm
 from apportion.keys.kvpress_adapter import KvPress
 from apportion.keys.selectors import SinksAndRecent
@@ -64,7 +64,7 @@ def test_streaming_llm_reads_sinks_and_the_newest_in_chunks_of_any_size(
 
 
 @pytest.mark.parametrize("name", EVICTING)
-@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("padding", [0, 6])
 def test_an_evicting_method_holds_its_budget_and_all_later_tokens(
     make_step: Any, facts: LayerFacts, name: str, padding: int
 ) -> None:
@@ -101,6 +101,16 @@ def test_the_best_tokens_are_kept_of_each_head_sinks_and_recent_first(make_step:
         expected = torch.tensor([0, *shortest.tolist(), 6, 7])
         torch.testing.assert_close(kept[0, group], step.keys[0, group, expected])
         torch.testing.assert_close(values[0, group], step.values[0, group, expected])
+
+
+def test_sinks_and_recent_tokens_beat_any_score(make_step: Any) -> None:
+    step = make_step(8, batch=1)
+    store = ExactStore()
+    store.append(step)
+    keep_best(store, torch.arange(8.0).expand(1, 2, 8).flip(-1), torch.tensor([4]), sinks=0, recent=2)
+    torch.testing.assert_close(store.read()[0], step.keys[:, :, [0, 1, 6, 7]])
+    keep_best(store, torch.arange(4.0).expand(1, 2, 4), torch.tensor([2]), sinks=1)
+    torch.testing.assert_close(store.read()[0], step.keys[:, :, [0, 7]])
 
 
 @pytest.mark.parametrize("chunks", [(12,), (5, 4, 3)])

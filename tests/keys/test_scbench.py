@@ -16,8 +16,9 @@ from apportion.keys.baselines import DenseKeys, OracleKeys, RandomKeyChoice, Win
 from apportion.keys.key_norm import KeyNorm
 from apportion.keys.kvpress_adapter import KvPress
 from apportion.keys.quantized import QuantizedKeys
-from apportion.keys.scbench import MODES, Protocol, run_bench, run_session
+from apportion.keys.scbench import MODES, Protocol, run_session
 from apportion.keys.scbench_results import Record, Session, summarise
+from apportion.keys.scbench_runs import run_bench
 from apportion.keys.scoring import encode_parts, score_answers
 from apportion.keys.shared_prompt import copied, digest_of
 from apportion.keys.snap_kv import SnapKV

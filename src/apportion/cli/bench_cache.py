@@ -17,6 +17,7 @@ from apportion.errors import InputError
 if TYPE_CHECKING:
     from apportion.keys import KeyMethod
     from apportion.keys.scbench_results import Session, Summary
+    from apportion.keys.scbench_runs import run_bench
 
 _ASKED, _MACHINE = "What is asked", "Machine and files"
 
@@ -90,7 +91,7 @@ def bench_cache(
     Example: [cyan]apportion bench-cache smollm2 --methods dense,snap_kv,oracle --budget 1/8 --out runs/scbench[/cyan]
     """
     from apportion.data.tasks.cache_suite import SUITE, task_named
-    from apportion.keys.scbench import Protocol, check_session, run_bench
+    from apportion.keys.scbench import Protocol, check_session
     from apportion.keys.scbench_results import Session, summarise
     from apportion.models import load
 

@@ -26,11 +26,9 @@ densely over what is left, which is the same for methods that forget.
 """
 
 import copy
-import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,13 +39,12 @@ from apportion.data.tasks.shared_context import SharedContext, Turn
 from apportion.errors import InputError
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
-from apportion.keys.scbench_results import Kept, Record, Session
+from apportion.keys.scbench_results import Record, Session
 from apportion.keys.scoring import encode_parts, exact_and_nll
 from apportion.keys.shared_prompt import (
     Fan,
     copied,
     digest_of,
-    digest_of_tensors,
     reads_prompts_densely,
     share_read,
     usage_of,
@@ -131,60 +128,6 @@ def check_session(model: LanguageModel, session: Session) -> None:
             f"session {session.number} of {session.task} has {tokens} tokens with its turns, and {model.name} has "
             f"{limit} positions: ask for shorter contexts"
         )
-
-
-def run_bench(
-    model: LanguageModel,
-    sessions: Iterable[Session],
-    methods: Mapping[str, KeyMethod],
-    protocol: Protocol,
-    *,
-    folder: Path | str | None = None,
-    made_by: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] | None = None,
-) -> list[Record]:
-    """Run many sessions; with a folder, what was finished is kept, and an interrupted benchmark goes on.
-
-    Args:
-        model: a decoder.
-        sessions: see `run_session`.
-        methods: likewise.
-        protocol: likewise.
-        folder: where results are kept; None to keep none.
-        made_by: what the sessions were made with, JSON-ready; a folder is refused that was filled otherwise.
-        say: told of each session before it begins.
-
-    Raises:
-        InputError: see `run_session` and `apportion.keys.scbench_results.Kept`.
-    """
-    identity = {} if folder is None else {name: _identity(method) for name, method in methods.items()}
-    settings = {"model": model.fingerprint, "protocol": _plain(asdict(protocol)), **_plain(dict(made_by or {}))}
-    kept = Kept(folder, settings, identity)
-    records = []
-    for session in sessions:
-
-        def measure(session: Session, missing: list[str]) -> list[Record]:
-            if say is not None:
-                say(f"{session.task}, session {session.number}: {', '.join(missing)}")
-            return run_session(model, session, {name: methods[name] for name in missing}, protocol)
-
-        records += kept.run(session, measure, list(methods))
-    return records
-
-
-def _identity(method: KeyMethod) -> dict[str, Any]:
-    fitted = digest_of_tensors(method.fitted)[:16]
-    try:
-        settings = _plain(method.settings())
-    except InputError:
-        # Made with an object that JSON cannot hold, such as a press.
-        settings = repr(method)
-    return {"method": method.slug, "settings": settings, "fitted": fitted}
-
-
-def _plain(settings: Any) -> Any:
-    """As it will be when it is read again: JSON knows no tuples."""
-    return json.loads(json.dumps(settings))
 
 
 @dataclass(eq=False)
@@ -410,8 +353,16 @@ class _Run:
         score = float(measured["exact"])
         if text is not None:
             score = metric_score(content.metric, text, content.answer, self.content.context)
-        where = (self.session.task, self.session.number, mode, life.name, turn, content.part)
-        return Record(*where, score=score, **life.stages, **measured)
+        fields: dict[str, Any] = {
+            "task": self.session.task,
+            "session": self.session.number,
+            "mode": mode,
+            "method": life.name,
+            "turn": turn,
+            "part": content.part,
+            "score": score,
+        }
+        return Record(**fields, **life.stages, **measured)
 
 
 def _transcript(content: SharedContext) -> list[str]:

@@ -23,8 +23,9 @@ from apportion.data import corpus
 from apportion.data.tasks.cache_suite import PROSE_DOCUMENTS, SUITE
 from apportion.keys import KeyBudget, KeyMethod
 from apportion.keys.catalogue import CATALOGUE, method_named
-from apportion.keys.scbench import Protocol, run_bench
+from apportion.keys.scbench import Protocol
 from apportion.keys.scbench_results import Session, Summary, summarise
+from apportion.keys.scbench_runs import run_bench
 from apportion.keys.snap_kv import SnapKV
 from apportion.models import LanguageModel, load
 from apportion.report import plots

@@ -13,11 +13,13 @@ from apportion.data.corpora import python_files, standard_library
 from apportion.data.tasks.shared_context import SharedContext, Turn
 from apportion.errors import InputError
 
-_MODULES = ("ast", "bisect", "calendar", "colorsys", "configparser", "copy", "csv", "difflib", "dis", "fnmatch")
-_MODULES += ("fractions", "functools", "glob", "heapq", "inspect", "ipaddress", "linecache", "mailbox", "mimetypes")
-_MODULES += ("ntpath", "operator", "os", "pathlib", "pickletools", "platform", "posixpath", "pprint", "random", "shlex")
-_MODULES += ("shutil", "socket", "statistics", "string", "tarfile", "tempfile", "textwrap", "tokenize", "trace")
-_MODULES += ("traceback", "types", "typing", "uuid", "warnings", "zipfile")
+_MODULES = (
+    *("ast", "bisect", "calendar", "colorsys", "configparser", "copy", "csv", "difflib", "dis", "fnmatch"),
+    *("fractions", "functools", "glob", "heapq", "inspect", "ipaddress", "linecache", "mailbox", "mimetypes", "ntpath"),
+    *("operator", "os", "pathlib", "pickletools", "platform", "posixpath", "pprint", "random", "shlex", "shutil"),
+    *("socket", "statistics", "string", "tarfile", "tempfile", "textwrap", "tokenize", "trace", "traceback", "types"),
+    *("typing", "uuid", "warnings", "zipfile"),
+)
 
 
 def repo_qa(
