@@ -17,7 +17,6 @@ from apportion.errors import InputError
 if TYPE_CHECKING:
     from apportion.keys import KeyMethod
     from apportion.keys.scbench_results import Session, Summary
-    from apportion.keys.scbench_runs import run_bench
 
 _ASKED, _MACHINE = "What is asked", "Machine and files"
 
@@ -93,6 +92,7 @@ def bench_cache(
     from apportion.data.tasks.cache_suite import SUITE, task_named
     from apportion.keys.scbench import Protocol, check_session
     from apportion.keys.scbench_results import Session, summarise
+    from apportion.keys.scbench_runs import run_bench
     from apportion.models import load
 
     if tasks == "list":

@@ -69,12 +69,12 @@ def write(
     with nullcontext() if method is None else method(model) as run:
         started = time.perf_counter()
         out = model.model(prompt[None], use_cache=True, logits_to_keep=1)
+        written = [int(out.logits[0, -1].argmax())]  # which also waits for a GPU
         computed = time.perf_counter()
         cache = out.past_key_values
         if run is not None:
             close_prompt(cache)
         closed = time.perf_counter()
-        written = [int(out.logits[0, -1].argmax())]
         ends = _ends(model)
         steps = 0
         while len(written) < tokens and written[-1] not in ends:

@@ -258,9 +258,9 @@ class _Run:
         return longer
 
     def _compute(self, prompt: _Prompt, name: str, cache: Any, ids: Tensor) -> None:
-        started = time.perf_counter()
+        started = self._now()
         out = self.model.model(ids[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        seconds = time.perf_counter() - started
+        seconds = self._now() - started
         prompt.seconds[name] = prompt.seconds.get(name, 0.0) + seconds
         prompt.caches[name], prompt.logits[name] = out.past_key_values, out.logits[0, -1:]
 
@@ -273,15 +273,20 @@ class _Run:
             memories = [each.made[place] for each in memories if isinstance(each, Fan)]
         read = share_read(memories)
         cache = with_memories(prompt.caches[key], copy.deepcopy(memories))
-        started = time.perf_counter()
+        started = self._now()
         close_prompt(cache)
         stages = {
             "prompt_tokens": memories[0].seen,
             "prefill_seconds": prompt.seconds[key],
             "prefill_share_read": read,
-            "compress_seconds": time.perf_counter() - started,
+            "compress_seconds": self._now() - started,
         }
         return _Life(name, cache, prompt.logits[key] if ends_with_question else None, stages)
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     # --- answers
 
@@ -318,19 +323,16 @@ class _Run:
         return measured
 
     def _feed(self, cache: Any, ids: Tensor, keep: int) -> Tensor:
-        if keep == 0:
-            self.model.model(ids[None], past_key_values=cache, logits_to_keep=1)
-            return torch.empty(0, self.model.model.config.get_text_config().vocab_size, device=ids.device)
         logits: Tensor = self.model.model(ids[None], past_key_values=cache, logits_to_keep=keep).logits[0]
         return logits
 
     def _by_steps(self, cache: Any, first: Tensor, answer: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        before, started = usage_of(cache).bytes_read, time.perf_counter()
+        before, started = usage_of(cache).bytes_read, self._now()
         logits = [first, *(self._feed(cache, token[None], 1) for token in answer[:-1])]
         steps = len(answer) - 1
         if not steps:
             return first, {}
-        seconds = time.perf_counter() - started
+        seconds = self._now() - started
         read = usage_of(cache).bytes_read - before
         return torch.cat(logits), {"tokens_per_second": steps / seconds, "bytes_per_step": read / steps}
 
