@@ -7,11 +7,15 @@ from typing import Any, ClassVar
 import torch
 
 from apportion.keys import ComposedMemory, DoubleSparsity, KeyBudget, KeyMethod, Loki, Quest, SparQ
+from apportion.keys.catalogue import method_named
 from apportion.keys.cskv import CSKV
+from apportion.keys.kvpress_adapter import KvPress
 from apportion.keys.matryoshka_kv import MatryoshkaKV
+from apportion.keys.quantized import QuantizedKeys
 from apportion.keys.seer_attention import GateRecipe, SeerAttention
 from apportion.keys.selectors import Oracle
 from apportion.keys.shadow_kv import ShadowKV
+from apportion.keys.streaming_llm import StreamingLLM
 from apportion.models.key_door import LayerFacts, LayerMemory
 
 
@@ -37,6 +41,24 @@ class NeedsFit(Keeps):
         return self
 
 
+@dataclasses.dataclass
+class ShortKeys:
+    """An object with the interface of a kvpress press; kvpress itself cannot be installed beside our transformers."""
+
+    compression_ratio: float = 0.5
+
+    def score(
+        self, module: Any, hidden_states: Any, keys: torch.Tensor, values: torch.Tensor, attentions: Any, kwargs: Any
+    ) -> torch.Tensor:
+        assert attentions is None
+        assert module is not None
+        assert hidden_states.shape[1] == keys.shape[2]
+        return -keys.norm(dim=-1)
+
+
+# Of the catalogue; the others are these with other settings, or cannot have a budget for everything.
+ROOMY = ("dense", "sinks_and_recent", "random", "streaming_llm", "snap_kv", "knorm")
+
 # Every method with a budget for everything, fitted to a tiny model where it needs that: it must equal dense attention.
 EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "oracle": lambda lm: Keeps(budget=KeyBudget(share=1.0)),
@@ -58,4 +80,8 @@ EVERYTHING: dict[str, Callable[[Any], KeyMethod]] = {
     "shadow_kv, folding": lambda lm: ShadowKV(
         budget=KeyBudget(share=1.0), rank_share=1.0, chunk=2, local=1, outliers=1, fold=4, largest_residual=0.0
     ),
+    **{name: lambda lm, name=name: method_named(name, KeyBudget(share=1.0)) for name in ROOMY},
+    "streaming_llm, window in the prompt": lambda lm: StreamingLLM(KeyBudget(keys=200, sinks=2), prompt="selected"),
+    "quantized, all exact": lambda lm: QuantizedKeys(residual=10_000),
+    "kvpress": lambda lm: KvPress(ShortKeys(compression_ratio=0.0)),
 }

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from apportion.cli import (
+    bench_cache,
     circuit,
     compare,
     compare_dictionaries,
@@ -15,6 +16,7 @@ from apportion.cli import (
     explain,
     explore,
     fetch,
+    generate,
     report,
     steer,
     study,
@@ -64,6 +66,8 @@ for command in (
     steer.steer,
     circuit.circuit,
     explore.explore,
+    generate.generate,
+    bench_cache.bench_cache,
     study.study,
     doctor.doctor,
 ):

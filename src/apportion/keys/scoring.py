@@ -45,7 +45,7 @@ def score_answers(
 ) -> list[Answered]:
     """Ask every task's first question: context, compression, question, answer token by token.
 
-    The text is encoded once and split by tokens. For tasks of several turns see the study of SCBench.
+    The text is encoded once and split by tokens. For tasks of several turns see `apportion.keys.scbench`.
 
     Args:
         model: a decoder.
@@ -68,7 +68,8 @@ def score_answers(
             logits = [out.logits[0, -1]]
             for token in answer[:-1]:
                 logits.append(model.model(token[None, None], past_key_values=cache).logits[0, -1])
-            found.append(_answered(torch.stack(logits), answer, 0, None if run is None else run.usage))
+            scores = exact_and_nll(torch.stack(logits), answer)
+            found.append(Answered(*scores, 0, None if run is None else run.usage))
     return found
 
 
@@ -134,6 +135,9 @@ def encode_parts(model: LanguageModel, parts: Sequence[str]) -> list[Int[Tensor,
     return [torch.tensor(group, device=model.device) for group in groups]
 
 
-def _answered(logits: Tensor, answer: Tensor, turn: int, usage: Usage | None) -> Answered:
+def exact_and_nll(
+    logits: Float[Tensor, "answer_tokens vocab"], answer: Int[Tensor, " answer_tokens"]
+) -> tuple[bool, float]:
+    """Whether the likeliest token is the answer's at every place, and the mean negative log-likelihood, in nats."""
     nll = torch.nn.functional.cross_entropy(logits.float(), answer)
-    return Answered(bool((logits.argmax(-1) == answer).all()), float(nll), turn, usage)
+    return bool((logits.argmax(-1) == answer).all()), float(nll)

@@ -21,7 +21,7 @@ import copy
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +115,7 @@ class Step:
         softcap: products are squashed to ``softcap * tanh(product / softcap)`` where a model does so (Gemma 2).
         rotation: what queries and keys were rotated by; None for a model without rotary embedding.
         hidden: what the layer's projections were given; None where the layer does not say.
+        module: the attention module, for methods of other libraries that want one; None where a step was made up.
     """
 
     queries: Float[Tensor, "batch heads new width"]
@@ -125,6 +126,7 @@ class Step:
     softcap: float | None = None
     rotation: Rotation | None = None
     hidden: Float[Tensor, "batch new d_model"] | None = None
+    module: Any = None
 
     @property
     def new(self) -> int:
@@ -241,6 +243,29 @@ class Door:
 def memories_of(cache: Any) -> list[LayerMemory]:
     """The memories in a cache that an open door has filled, first layer to last."""
     return [layer.memory for layer in cache.layers if hasattr(layer, "memory")]
+
+
+def with_memories(cache: Any, memories: Sequence[LayerMemory]) -> Any:
+    """A cache like this one, independent of it, whose full-attention layers hold other memories, first layer to last.
+
+    So one prompt serves several methods or questions: ``with_memories(cache, copy.deepcopy(memories_of(cache)))`` goes
+    on from the prompt, and the first cache stays as it was.
+
+    Args:
+        cache: one that an open door has filled.
+        memories: as many as ``memories_of(cache)`` gives, of the same tokens.
+    """
+    other = copy.copy(cache)
+    rest = iter(memories)
+    other.layers = []
+    for layer in cache.layers:
+        if hasattr(layer, "memory"):
+            layer = copy.copy(layer)
+            layer.memory = next(rest)
+        else:
+            layer = copy.deepcopy(layer)
+        other.layers.append(layer)
+    return other
 
 
 def close_prompt(cache: Any) -> None:
@@ -591,7 +616,8 @@ def _attention(
     real = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
     if now.mask is not None:
         real = now.mask[:, -key.shape[2] :].bool()
-    step = Step(query, key, value, real, scaling, softcap, now.rotations.get(layer), now.hidden.get(layer))
+    known = (now.rotations.get(layer), now.hidden.get(layer), module)
+    step = Step(query, key, value, real, scaling, softcap, *known)
     now.steps[layer] = memory
     return memory.attend(step).transpose(1, 2).contiguous(), None
 

@@ -87,10 +87,14 @@ class Turn:
         question: what follows the context or the turn before, including the space or line break before the answer's
             place where there is one.
         answer: what follows the question; begins with a space where the model's next token would.
+        metric: how a text that a model wrote is scored, a name of `apportion.data.tasks.metrics.METRICS`.
+        part: of a task that mixes several, which of them the turn belongs to; their scores are never averaged.
     """
 
     question: str
     answer: str
+    metric: str = "contained"
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,24 +128,55 @@ def needles(
     """
     if not 1 <= turns <= keys <= len(KEYS):
         raise InputError(f"turns={turns}, keys={keys}: 1 <= turns <= keys <= {len(KEYS)}")
-    prose = " ".join(" ".join(text.split()) for text in filler).split(" ")
-    if len(prose) < words:
-        raise InputError(f"words={words}: the filler has {len(prose)}; give more texts")
     draws = random.Random(seed)
     made = []
     for _ in range(count):
-        start = draws.randrange(len(prose) - words + 1)
-        sentences = _sentences(prose[start : start + words])
+        sentences = some_sentences(draws, filler, words)
         chosen = draws.sample(KEYS, keys)
         numbers = [str(number) for number in draws.sample(range(1000, 10000), keys)]
         for key, number in zip(chosen, numbers, strict=True):
-            # Not at the very end, where every method reads.
-            place = draws.randrange(max(1, len(sentences) * 9 // 10))
-            sentences.insert(place, f"The special magic number for {key} is {number}.")
+            sentences.insert(_place(draws, sentences), needle_sentence(key, number))
         asked = draws.sample(range(keys), turns)
-        pairs = [Turn(f" The special magic number for {chosen[which]} is", f" {numbers[which]}") for which in asked]
+        pairs = [needle_turn(chosen[which], numbers[which]) for which in asked]
         made.append(SharedContext(" ".join(sentences), tuple(pairs)))
     return made
+
+
+def needle_sentence(key: str, number: str) -> str:
+    """A needle."""
+    return f"The special magic number for {key} is {number}."
+
+
+def needle_turn(key: str, number: str, part: str = "") -> Turn:
+    """The question that a needle answers."""
+    return Turn(f" The special magic number for {key} is", f" {number}", part=part)
+
+
+def some_sentences(draws: random.Random, filler: Sequence[str], words: int) -> list[str]:
+    """A stretch of prose from somewhere in the filler, as sentences.
+
+    Raises:
+        InputError: there is too little prose.
+    """
+    prose = " ".join(" ".join(text.split()) for text in filler).split(" ")
+    if len(prose) < words:
+        raise InputError(f"words={words}: the filler has {len(prose)}; give more texts")
+    start = draws.randrange(len(prose) - words + 1)
+    return _sentences(prose[start : start + words])
+
+
+def scattered(draws: random.Random, sentences: Sequence[str], told: Sequence[str]) -> str:
+    """Prose with other sentences between its own, these in the order in which they were given."""
+    places = sorted(_place(draws, sentences) for _ in told)
+    mixed = list(sentences)
+    for place, each in reversed(list(zip(places, told, strict=True))):
+        mixed.insert(place, each)
+    return " ".join(mixed)
+
+
+def _place(draws: random.Random, sentences: Sequence[str]) -> int:
+    # Not at the very end, where every method reads.
+    return draws.randrange(max(1, len(sentences) * 9 // 10))
 
 
 def _sentences(words: Sequence[str]) -> list[str]:
