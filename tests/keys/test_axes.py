@@ -19,7 +19,7 @@ from apportion.keys.selectors import Oracle, RandomKeys, Selector, SinksAndRecen
 from apportion.keys.stores import Growing, Rotations
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import load
-from apportion.models.key_door import LayerFacts, attend_with, fork, memories_of
+from apportion.models.key_door import LayerFacts, attend_with, memories_of, with_memories
 from apportion.ops.attend import attend, attend_masked, attend_selected, causal, reference
 from key_methods import Keeps, NeedsFit
 
@@ -331,7 +331,7 @@ def test_a_prompt_that_was_read_once_goes_on_in_several_ways(llama: Any) -> None
     with attend_with(llama, Watching):
         cache = llama(prompt).past_key_values
         for _ in range(2):
-            branch = fork(cache, again)
+            branch = with_memories(cache, [again(memory) for memory in memories_of(cache)])
             torch.testing.assert_close(llama(later, past_key_values=branch).logits, exact, rtol=1e-4, atol=1e-5)
             assert branch.get_seq_length() == 16
         assert cache.get_seq_length() == 12

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from apportion.errors import InputError
-from apportion.keys import Baseline, ComposedMemory, KeyBudget, Loki, Quest, SparQ, read_method, record_trace
+from apportion.keys import ComposedMemory, KeyBudget, Loki, OracleKeys, Quest, SparQ, read_method, record_trace
 from apportion.keys.loki import KeyCovariance, LeadingSelector, RotatedStore
 from apportion.keys.quest import PageSelector
 from apportion.keys.selectors import TopKeys
@@ -190,7 +190,7 @@ def test_directions_are_those_in_which_keys_vary_most(make_step: Any) -> None:
 
 def test_methods_generate_and_come_back_from_files(lm: LanguageModel, tmp_path: Path) -> None:
     budget = KeyBudget(keys=5)
-    for method in (Quest(budget, page=4), SparQ(budget), Loki(budget), Baseline(budget, which="oracle")):
+    for method in (Quest(budget, page=4), SparQ(budget), Loki(budget), OracleKeys(budget, dense_layers=2)):
         method.fit(lm, TEXTS).save(tmp_path / method.slug)
         again = read_method(tmp_path / method.slug)
         assert again.settings() == method.settings()
@@ -221,7 +221,6 @@ def test_settings_that_make_no_sense_are_refused(lm: LanguageModel) -> None:
         (lambda: Loki(group_factor=0), "group_factor=0"),
         (lambda: SparQ(group_factor=9).selector(facts), "group_factor=9"),
         (lambda: Loki(group_factor=9).selector(facts), "group_factor=9"),
-        (lambda: Baseline(which="best"), "which='best'"),
     ):
         with pytest.raises(InputError, match=message):
             make()

@@ -7,6 +7,7 @@ token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod`
         lm.generate(prompt)
 """
 
+from apportion.keys.baselines import DenseKeys, OracleKeys, RandomKeyChoice, WindowKeys
 from apportion.keys.budget import KeyBudget, Usage
 from apportion.keys.double_sparsity import DoubleSparsity
 from apportion.keys.loki import Loki
@@ -17,15 +18,15 @@ from apportion.keys.routing_transformer import FollowTokens, Routed, RoutingAtte
 from apportion.keys.sea import SeaAttention, SeaOutput, SeaSettings
 from apportion.keys.sea_distillation import attention_losses, fit_to_trace, mass_on_trace, model_loss
 from apportion.keys.seer_attention import SeerAttention
-from apportion.keys.selecting import Baseline
+from apportion.keys.selecting import SelectingMethod
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.sparq import SparQ
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
 
 __all__ = [
-    "Baseline",
     "ComposedMemory",
+    "DenseKeys",
     "DoubleSparsity",
     "ExactStore",
     "FollowTokens",
@@ -34,7 +35,9 @@ __all__ = [
     "KeySelection",
     "Loki",
     "OpenMethod",
+    "OracleKeys",
     "Quest",
+    "RandomKeyChoice",
     "Routed",
     "RoutingAttention",
     "RoutingSettings",
@@ -42,11 +45,13 @@ __all__ = [
     "SeaOutput",
     "SeaSettings",
     "SeerAttention",
+    "SelectingMethod",
     "Selector",
     "SparQ",
     "Store",
     "Trace",
     "Usage",
+    "WindowKeys",
     "attention_losses",
     "compare_on_trace",
     "fit_to_trace",

@@ -4,15 +4,15 @@
 pattern without its forgetting), `RandomKeyChoice` the floor. All of them keep everything and choose for every query.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from typing_extensions import override
 
-from apportion.keys.budget import KeyBudget
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
-from apportion.keys.selectors import Oracle, RandomKeys, SinksAndRecent
+from apportion.keys.selecting import SelectingMethod
+from apportion.keys.selectors import Oracle, RandomKeys, Selector, SinksAndRecent
 from apportion.models.key_door import LayerFacts, LayerMemory
 
 
@@ -28,42 +28,50 @@ class DenseKeys(KeyMethod):
 
 
 @dataclass(eq=False)
-class OracleKeys(KeyMethod):
-    """Each query head reads the keys with the largest products; finding them costs as much as reading them all."""
+class OracleKeys(SelectingMethod):
+    """Each query head reads the keys with the largest products; finding them costs as much as reading them all.
+
+    Attributes:
+        dense_layers: see `SelectingMethod`; none, unlike there.
+    """
 
     slug: ClassVar[str] = "oracle"
-    budget: KeyBudget = field(default_factory=lambda: KeyBudget(share=1 / 16))
+    dense_layers: int = 0
 
     @override
-    def memory(self, facts: LayerFacts) -> LayerMemory:
-        return ComposedMemory(facts, selector=Oracle(self.budget))
+    def selector(self, facts: LayerFacts) -> Selector:
+        return Oracle(self.budget, self.group)
 
 
 @dataclass(eq=False)
-class WindowKeys(KeyMethod):
-    """Each query reads the first tokens (4 unless the budget says otherwise) and the newest ones."""
+class WindowKeys(SelectingMethod):
+    """Each query reads the first tokens (4 unless the budget says otherwise) and the newest ones.
+
+    Attributes:
+        dense_layers: see `SelectingMethod`; none, unlike there.
+    """
 
     slug: ClassVar[str] = "sinks_and_recent"
-    budget: KeyBudget = field(default_factory=lambda: KeyBudget(share=1 / 16))
+    dense_layers: int = 0
 
     @override
-    def memory(self, facts: LayerFacts) -> LayerMemory:
-        return ComposedMemory(facts, selector=SinksAndRecent(self.budget))
+    def selector(self, facts: LayerFacts) -> Selector:
+        return SinksAndRecent(self.budget)
 
 
 @dataclass(eq=False)
-class RandomKeyChoice(KeyMethod):
+class RandomKeyChoice(SelectingMethod):
     """Each query head reads keys drawn anew, its own among them.
 
     Attributes:
-        budget: how many.
+        dense_layers: see `SelectingMethod`; none, unlike there.
         seed: of the draws; each layer has draws of its own.
     """
 
     slug: ClassVar[str] = "random"
-    budget: KeyBudget = field(default_factory=lambda: KeyBudget(share=1 / 16))
+    dense_layers: int = 0
     seed: int = 0
 
     @override
-    def memory(self, facts: LayerFacts) -> LayerMemory:
-        return ComposedMemory(facts, selector=RandomKeys(self.budget, self.seed * facts.layers + facts.layer))
+    def selector(self, facts: LayerFacts) -> Selector:
+        return RandomKeys(self.budget, self.seed * facts.layers + facts.layer)

@@ -1,25 +1,23 @@
 """What many methods make of one context that was read once: logits, answers, and what reading cost.
 
-Most of the work of a comparison is the dense prefill, the same for every method that leaves it dense. It is done once;
-each method is given the queries' keys and values of it, closes, and goes on by itself.
+Most of the work of a comparison is the dense prefill, the same for every method that leaves it dense. It is done once
+(`Fan`); each method takes its keys and values in, closes, and goes on by itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import override
 
 from apportion.data.tasks.shared_context import SharedContext
 from apportion.errors import InputError
 from apportion.keys.budget import Usage
-from apportion.keys.memory import ComposedMemory
+from apportion.keys.memory import MakeComposed
 from apportion.keys.scoring import Answered, encode_parts
+from apportion.keys.shared_prompt import Fan, usage_of
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, LayerMemory, Step, attend_with, fork, memories_of
-
-MakeComposed = Callable[[LayerFacts], ComposedMemory]
+from apportion.models.key_door import attend_with, close_prompt, memories_of, with_memories
 
 
 @torch.no_grad()
@@ -45,23 +43,14 @@ def go_on(
         The method's name, the logits at every later token, and the cost of reading, over all layers and rows.
     """
     rows = torch.zeros(len(later), dtype=torch.long, device=later.device)
-    with attend_with(model, _Prompt):
-        cache = model.model(context[None], use_cache=True, logits_to_keep=1).past_key_values
-        for name, make in methods.items():
-
-            def branch(memory: LayerMemory, make: MakeComposed = make) -> LayerMemory:
-                assert isinstance(memory, _Prompt)
-                other = make(memory.facts)
-                for step in memory.steps:
-                    other.take_in(step)
-                other.close()
-                return other
-
-            own = fork(cache, branch)
+    with attend_with(model, lambda facts: Fan(facts, [make(facts) for make in methods.values()])):
+        prompt = model.model(context[None], use_cache=True, logits_to_keep=1).past_key_values
+        for place, name in enumerate(methods):
+            own = with_memories(prompt, [fan.made[place] for fan in memories_of(prompt) if isinstance(fan, Fan)])
+            close_prompt(own)
             own.batch_select_indices(rows)
             logits = model.model(later, past_key_values=own).logits
-            memories = [each for each in memories_of(own) if isinstance(each, ComposedMemory)]
-            yield name, logits, Usage.total(each.usage for each in memories)
+            yield name, logits, usage_of(own)
 
 
 def ask_all(
@@ -95,16 +84,3 @@ def ask_all(
                 nll = float(torch.nn.functional.cross_entropy(row, answer))
                 found[name][place] = Answered(bool((row.argmax(-1) == answer).all()), nll, place, usage)
     return {name: [answers[place] for place in sorted(answers)] for name, answers in found.items()}
-
-
-class _Prompt(ComposedMemory):
-    """Dense attention that keeps what it was given."""
-
-    def __init__(self, facts: LayerFacts) -> None:
-        super().__init__(facts)
-        self.steps: list[Step] = []
-
-    @override
-    def take_in(self, step: Step) -> None:
-        self.steps.append(step)
-        super().take_in(step)

@@ -1,5 +1,7 @@
 """A layer's memory made of a store and a selector."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,6 +13,8 @@ from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.models.key_door import LayerFacts, LayerMemory, Step
 from apportion.ops.attend import attend, attend_masked, attend_selected
+
+MakeComposed = Callable[[LayerFacts], "ComposedMemory"]
 
 
 class ComposedMemory(LayerMemory):

@@ -1,9 +1,7 @@
 """Methods that keep everything and choose what is read: they share all settings but the score."""
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from typing_extensions import override
 
@@ -11,7 +9,7 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
-from apportion.keys.selectors import GROUP_POLICIES, Oracle, RandomKeys, Selector, SinksAndRecent
+from apportion.keys.selectors import GROUP_POLICIES, Selector
 from apportion.keys.stores import Store
 from apportion.models.key_door import LayerFacts
 
@@ -56,31 +54,3 @@ class SelectingMethod(KeyMethod):
         if facts.layer < self.dense_layers:
             return ComposedMemory(facts, prompt=self.prompt)
         return ComposedMemory(facts, self.store(facts), self.selector(facts), self.prompt)
-
-
-BASELINES: dict[str, Callable[[KeyBudget], Selector]] = {
-    "oracle": Oracle,
-    "sinks and recent": SinksAndRecent,
-    "random": RandomKeys,
-}
-
-
-@dataclass(eq=False)
-class Baseline(SelectingMethod):
-    """What every comparison shows, as a method: the bound above, what has to be beaten, and the floor.
-
-    Attributes:
-        which: ``oracle``, ``sinks and recent`` or ``random``; see the selectors of these names.
-    """
-
-    slug: ClassVar[str] = "baseline"
-    which: str = "sinks and recent"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.which not in BASELINES:
-            raise InputError(f"which={self.which!r}: one of {', '.join(BASELINES)}")
-
-    @override
-    def selector(self, facts: LayerFacts) -> Selector:
-        return BASELINES[self.which](self.budget)

@@ -5,7 +5,7 @@ method takes them in from a trace and closes; the tokens after the prompt then g
 batch, a row for each method and text, each of which reads what its own method kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +15,10 @@ from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.keys.budget import Usage
-from apportion.keys.memory import ComposedMemory
+from apportion.keys.memory import ComposedMemory, MakeComposed
 from apportion.keys.trace import Trace
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, LayerMemory, Step, attend_with
-
-MakeComposed = Callable[[LayerFacts], ComposedMemory]
+from apportion.models.key_door import LayerMemory, Step, attend_with
 
 
 class SideBySide(LayerMemory):
@@ -110,7 +108,9 @@ def read_on(
             memory.take_in(whole)
             memory.close()
     rows = ids.repeat(len(methods), 1).to(model.device)
-    nll, hit, cache = [], [], None
+    nll: list[Tensor] = []
+    hit: list[Tensor] = []
+    cache = None
     with attend_with(model, lambda facts: SideBySide(memories[facts.layer])):
         for part in rows[:, :-1].split([turn] + [1] * (ids.shape[1] - 1 - turn), dim=1):
             out = model.model(part, past_key_values=cache, use_cache=True)

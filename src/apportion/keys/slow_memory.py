@@ -60,6 +60,9 @@ class SlowTokens(KeptTokens):
         content: the vectors, in fast memory. From a GPU they go to pinned host memory.
     """
 
+    _tokens: Tensor
+    _resident: Tensor
+
     def __init__(self, content: Float[Tensor, "batch groups tokens width"]) -> None:
         self._device = content.device
         super().__init__(self._away(content))

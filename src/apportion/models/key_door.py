@@ -278,25 +278,6 @@ def close_prompt(cache: Any) -> None:
         memory.close()
 
 
-def fork(cache: Any, replace: Callable[[LayerMemory], LayerMemory]) -> Any:
-    """A copy of a cache with other memories in it, so that what one pass has read can be gone on from in several ways.
-
-    Args:
-        cache: filled while a door was open; stays as it is.
-        replace: gives the memory that stands in the copy for one of the cache's.
-    """
-    branch = copy.copy(cache)
-    branch.layers = []
-    for layer in cache.layers:
-        if hasattr(layer, "memory"):
-            other = copy.copy(layer)
-            other.memory = replace(layer.memory)
-            branch.layers.append(other)
-        else:
-            branch.layers.append(copy.deepcopy(layer))
-    return branch
-
-
 # The attention function below is one for all models, so it looks here for the doors that are open.
 _doors: list[Door] = []
 

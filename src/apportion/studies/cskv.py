@@ -43,11 +43,12 @@ from apportion.keys.low_rank import (
     rank_of,
     relative_error,
 )
+from apportion.keys.memory import MakeComposed
 from apportion.keys.quantising import quantisers
 from apportion.keys.reconstruction import Batch, LayerReconstructions, Reconstruction, batch_of, train_factors
 from apportion.keys.scoring import encode_parts
 from apportion.keys.selectors import SinksAndRecent
-from apportion.keys.side_by_side import MakeComposed, read_on
+from apportion.keys.side_by_side import read_on
 from apportion.keys.trace import encode_texts, record_tokens
 from apportion.models import LanguageModel, load
 from apportion.models.key_projections import KeyProjections, key_projections

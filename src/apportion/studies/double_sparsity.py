@@ -26,14 +26,17 @@ from torch import Tensor
 from apportion.data import corpus
 from apportion.data.tasks.shared_context import needles
 from apportion.keys import (
-    Baseline,
     DoubleSparsity,
     KeyBudget,
     KeyMethod,
     Loki,
+    OracleKeys,
     Quest,
+    RandomKeyChoice,
+    SelectingMethod,
     SparQ,
     Trace,
+    WindowKeys,
     compare_on_trace,
     record_trace,
 )
@@ -56,6 +59,8 @@ BASELINE = (
 )
 
 Measured = dict[str, dict[str, list[float]]]
+# Layers that read everything under every method: what the paper leaves dense.
+_DENSE = DoubleSparsity.dense_layers
 _SINKS, _SPARQ, _RANDOM = "sinks and recent", "SparQ", "random channels"
 # Needles count towards the verdict from so many prompts on, where dense attention finds so many of them.
 _PROMPTS, _SOLVED = 50, 0.8
@@ -226,16 +231,16 @@ class _Trial:
             _SPARQ: SparQ(group_factor=4, mean_value=False, **shared),
             "Quest": Quest(**shared),
             _RANDOM: self._by_chance(**shared),
-            _SINKS: Baseline(which="sinks and recent", **shared),
-            "oracle": Baseline(which="oracle", **shared),
+            _SINKS: WindowKeys(dense_layers=_DENSE, **shared),
+            "oracle": OracleKeys(dense_layers=_DENSE, **shared),
         }
 
-    def _scorers(self, budget: KeyBudget, own: dict[str, Tensor]) -> dict[str, KeyMethod]:
+    def _scorers(self, budget: KeyBudget, own: dict[str, Tensor]) -> dict[str, SelectingMethod]:
         """What is compared on a trace, r = 4 and 16 of 64 channels."""
-        made: dict[str, KeyMethod] = {
-            "oracle": Baseline(budget, which="oracle"),
-            _SINKS: Baseline(budget, which="sinks and recent"),
-            "random keys": Baseline(budget, which="random"),
+        made: dict[str, SelectingMethod] = {
+            "oracle": OracleKeys(budget, dense_layers=_DENSE),
+            _SINKS: WindowKeys(budget, dense_layers=_DENSE),
+            "random keys": RandomKeyChoice(budget, dense_layers=_DENSE),
             "Quest": Quest(budget),
         }
         for factor in (16, 4):
@@ -273,8 +278,9 @@ class _Trial:
             for text in self.calibration:
                 trace = record_trace(self.lm, [text], tokens=min(512, self.size.tokens))
                 for layer in layers:
-                    for each in (*(of_layer[layer] for of_layer in statistics.values()), directions[layer]):
-                        each.add(trace.steps[layer][0])
+                    for of_layer in statistics.values():
+                        of_layer[layer].add(trace.steps[layer][0])
+                    directions[layer].add(trace.steps[layer][0])
             for name, of_layer in statistics.items():
                 self._fitted[name] = {f"layer.{layer}.importance": each.mean for layer, each in of_layer.items()}
             self._fitted["loki"] = {f"layer.{layer}.basis": each.basis for layer, each in directions.items()}

@@ -24,8 +24,9 @@ from typing_extensions import override
 from apportion.data import corpus
 from apportion.data.tasks.shared_context import needles
 from apportion.keys import ComposedMemory, KeyBudget, Trace, record_trace
-from apportion.keys.branches import MakeComposed, ask_all, go_on
+from apportion.keys.branches import ask_all, go_on
 from apportion.keys.chunks import ChunkRule, divide
+from apportion.keys.memory import MakeComposed
 from apportion.keys.prompt_svd import principal_directions
 from apportion.keys.selectors import Oracle, RandomKeys, SinksAndRecent, TopKeys
 from apportion.keys.shadow_kv import ShadowKV
