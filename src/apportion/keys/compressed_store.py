@@ -166,8 +166,11 @@ class CompressedStore(Store):
 
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        for each in (*self.codes.values(), self.keys, self.values, self._real, self._rotations):
+        for code in self.codes.values():
+            code.pick_rows(rows)
+        for each in (self.keys, self.values, self._real):
             each.pick_rows(rows)
+        self._rotations.pick_rows(rows)
 
     def _by_heads(self, x: Float[Tensor, "batch tokens joint"]) -> Float[Tensor, "batch groups tokens width"]:
         return x.unflatten(-1, (self._groups, -1)).transpose(1, 2)

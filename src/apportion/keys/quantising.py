@@ -147,7 +147,8 @@ class CodeCache:
         """The codes of all tokens, as they are read back."""
         if self.quantiser is None or not self._packed[0].length:
             return self._plain.view
-        read = self.quantiser.unpack(*(each.view for each in self._packed), channels=self.channels)
+        packed, scale, zero = (each.view for each in self._packed)
+        read = self.quantiser.unpack(packed, scale, zero, self.channels)
         return torch.cat([read, self._plain.view], dim=1)
 
     @property

@@ -110,7 +110,9 @@ def read_on(
             memory.take_in(whole)
             memory.close()
     rows = ids.repeat(len(methods), 1).to(model.device)
-    nll, hit, cache = [], [], None
+    nll: list[Tensor] = []
+    hit: list[Tensor] = []
+    cache = None
     with attend_with(model, lambda facts: SideBySide(memories[facts.layer])):
         for part in rows[:, :-1].split([turn] + [1] * (ids.shape[1] - 1 - turn), dim=1):
             out = model.model(part, past_key_values=cache, use_cache=True)
