@@ -166,10 +166,10 @@ class CompressedStore(Store):
 
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
-        for codes in self.codes.values():
-            codes.pick_rows(rows)
-        for exact in (self.keys, self.values, self._real):
-            exact.pick_rows(rows)
+        for code in self.codes.values():
+            code.pick_rows(rows)
+        for each in (self.keys, self.values, self._real):
+            each.pick_rows(rows)
         self._rotations.pick_rows(rows)
 
     def _by_heads(self, x: Float[Tensor, "batch tokens joint"]) -> Float[Tensor, "batch groups tokens width"]:
