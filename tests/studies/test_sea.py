@@ -1,5 +1,7 @@
 """The study of SEA: one run of all of it on little."""
 
+from pathlib import Path
+
 import pytest
 
 from apportion.studies import sea
@@ -22,3 +24,15 @@ def test_the_smoke_run_measures_everything() -> None:
     assert masses[sea.ORACLE] > masses[sea.RANDOM]
     assert 0 < found[f"recall: {sea.SEA}", "weight of what is read"].mean < 1
     assert sum(each.part_of_verdict for each in finding.comparisons) == 5
+
+
+@pytest.mark.slow
+def test_a_layer_of_a_decoder_is_traced_and_judged(tiny_llama: Path) -> None:
+    size = sea._TraceSize(
+        model=str(tiny_llama), layer=1, texts=2, tokens=48, columns=16, keys=8, steps=1, feature_factor=0.5
+    )
+    found = sea._on_trace(size, 0)
+    read = {name.rpartition(": ")[2]: figures["attention that is read"] for name, figures in found.items()}
+    assert set(read) == {sea.SEA, sea.BLIND, sea.WINDOW, sea.RANDOM, sea.ORACLE}
+    assert all(0 < mass <= read[sea.ORACLE] for mass in read.values())
+    assert all(figures["keys per head and query"] == pytest.approx(7.4, abs=0.5) for figures in found.values())
