@@ -1,9 +1,11 @@
 """The study of SEA: one run of all of it on little."""
 
+import pydoc_data.topics
 from pathlib import Path
 
 import pytest
 
+from apportion.data.corpora import Document
 from apportion.studies import sea
 from apportion.studies.workbench import Workbench
 
@@ -27,7 +29,9 @@ def test_the_smoke_run_measures_everything() -> None:
 
 
 @pytest.mark.slow
-def test_a_layer_of_a_decoder_is_traced_and_judged(tiny_llama: Path) -> None:
+def test_a_layer_of_a_decoder_is_traced_and_judged(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    topics = [text for text in pydoc_data.topics.topics.values() if len(text) > 500]
+    monkeypatch.setattr(sea, "corpus", lambda name: [Document(str(place), text) for place, text in enumerate(topics)])
     size = sea._TraceSize(
         model=str(tiny_llama), layer=1, texts=2, tokens=48, columns=16, keys=8, steps=1, feature_factor=0.5
     )
