@@ -40,6 +40,7 @@ from apportion.keys import (
 from apportion.keys.double_sparsity import STATISTICS, ChannelStatistics, prefetch_hit_rate
 from apportion.keys.loki import KeyCovariance
 from apportion.keys.scoring import score_answers
+from apportion.keys.selecting import SelectingMethod
 from apportion.models import LanguageModel, load
 from apportion.models.key_door import layer_facts
 from apportion.studies.finding import Comparison, Finding, Scale, collect_rows
@@ -230,9 +231,9 @@ class _Trial:
             "oracle": Baseline(which="oracle", **shared),
         }
 
-    def _scorers(self, budget: KeyBudget, own: dict[str, Tensor]) -> dict[str, KeyMethod]:
+    def _scorers(self, budget: KeyBudget, own: dict[str, Tensor]) -> dict[str, SelectingMethod]:
         """What is compared on a trace, r = 4 and 16 of 64 channels."""
-        made: dict[str, KeyMethod] = {
+        made: dict[str, SelectingMethod] = {
             "oracle": Baseline(budget, which="oracle"),
             _SINKS: Baseline(budget, which="sinks and recent"),
             "random keys": Baseline(budget, which="random"),
@@ -273,8 +274,10 @@ class _Trial:
             for text in self.calibration:
                 trace = record_trace(self.lm, [text], tokens=min(512, self.size.tokens))
                 for layer in layers:
-                    for each in (*(of_layer[layer] for of_layer in statistics.values()), directions[layer]):
-                        each.add(trace.steps[layer][0])
+                    step = trace.steps[layer][0]
+                    directions[layer].add(step)
+                    for of_layer in statistics.values():
+                        of_layer[layer].add(step)
             for name, of_layer in statistics.items():
                 self._fitted[name] = {f"layer.{layer}.importance": each.mean for layer, each in of_layer.items()}
             self._fitted["loki"] = {f"layer.{layer}.basis": each.basis for layer, each in directions.items()}
