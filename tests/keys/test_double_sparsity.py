@@ -139,11 +139,14 @@ def test_rounded_labels_are_off_by_half_a_step_at_most(bits: int) -> None:
 
 def test_scores_are_products_of_rounded_channels(make_step: Any) -> None:
     step, store = make_step(9), ExactStore()
-    selector = LabelSelector(FEW_CHANNELS, 4, KeyBudget(keys=3))
+    # Of two channels both would be an end of the range, and exact.
+    selector = LabelSelector(ALL_CHANNELS[:, 1:6], 4, KeyBudget(keys=3))
     selector.extend(step, store)
-    queries = rounded(selector.pick_channels(step.queries), 4)
-    torch.testing.assert_close(selector.scores(step, store), queries @ selector.labels.read().transpose(-1, -2))
-    assert selector.labels.bytes == 2 * 4 * 9 * (1 + 8), "two channels in a byte, minimum and step in float32"
+    queries = rounded(step.queries[..., 1:6], 4)
+    labels = rounded(step.keys[..., 1:6], 4).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(selector.scores(step, store), queries @ labels.transpose(-1, -2), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(queries, step.queries[..., 1:6], atol=1e-3)
+    assert selector.labels.bytes == 2 * 4 * 9 * (3 + 8), "two channels in a byte, minimum and step in float32"
     assert selector.bytes_scanned() == selector.labels.bytes
 
 
