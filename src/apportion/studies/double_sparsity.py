@@ -43,7 +43,6 @@ from apportion.keys import (
 from apportion.keys.double_sparsity import STATISTICS, ChannelStatistics, prefetch_hit_rate
 from apportion.keys.loki import KeyCovariance
 from apportion.keys.scoring import score_answers
-from apportion.keys.selecting import SelectingMethod
 from apportion.models import LanguageModel, load
 from apportion.models.key_door import layer_facts
 from apportion.studies.finding import Comparison, Finding, Scale, collect_rows
