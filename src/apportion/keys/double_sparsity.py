@@ -40,7 +40,7 @@ from apportion.keys.labels import LABEL_BITS, LabelTable
 from apportion.keys.selecting import SelectingMethod
 from apportion.keys.selectors import TopKeys, across_group, best_tokens, visible
 from apportion.keys.stores import ExactStore, Store
-from apportion.keys.trace import Trace, part_of, record_trace
+from apportion.keys.trace import Trace, encode_texts, part_of, watch_steps
 from apportion.models import LanguageModel
 from apportion.models.key_door import LayerFacts, Step, layer_facts, queries_of
 
@@ -197,11 +197,7 @@ class DoubleSparsity(SelectingMethod):
             InputError: no texts, or too short ones.
         """
         found = {each.layer: ChannelStatistics(self.statistic) for each in layer_facts(model)}
-        for text in texts:
-            # One at a time, so that not all of calibration is in memory.
-            trace = record_trace(model, [text], tokens=tokens)
-            for layer, statistics in found.items():
-                statistics.add(trace.steps[layer][0])
+        watch_steps(model, encode_texts(model, texts, tokens), lambda layer, step: found[layer].add(step))
         self.fitted = {f"layer.{layer}.importance": statistics.mean for layer, statistics in found.items()}
         self.fitted_to = model.fingerprint
         return self

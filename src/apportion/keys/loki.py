@@ -30,7 +30,7 @@ from apportion.keys.budget import KeyBudget
 from apportion.keys.selecting import SelectingMethod
 from apportion.keys.selectors import TopKeys
 from apportion.keys.stores import ExactStore, Store
-from apportion.keys.trace import record_trace
+from apportion.keys.trace import encode_texts, watch_steps
 from apportion.models import LanguageModel
 from apportion.models.key_door import LayerFacts, Step, layer_facts
 
@@ -151,10 +151,7 @@ class Loki(SelectingMethod):
             InputError: no texts, or too short ones.
         """
         found = {each.layer: KeyCovariance() for each in layer_facts(model)}
-        for text in texts:
-            trace = record_trace(model, [text], tokens=tokens)
-            for layer, covariance in found.items():
-                covariance.add(trace.steps[layer][0])
+        watch_steps(model, encode_texts(model, texts, tokens), lambda layer, step: found[layer].add(step))
         self.fitted = {f"layer.{layer}.basis": covariance.basis for layer, covariance in found.items()}
         self.fitted_to = model.fingerprint
         return self

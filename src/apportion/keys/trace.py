@@ -139,8 +139,10 @@ def encode_texts(model: LanguageModel, texts: Sequence[str], tokens: int) -> lis
     """Token ids of the beginning of each text: at most ``tokens``, and no more than the model has positions.
 
     Raises:
-        InputError: a text of fewer than two tokens.
+        InputError: no text, or one of fewer than two tokens.
     """
+    if not texts:
+        raise InputError("texts is empty: give at least one text")
     longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     tokens = min(tokens, longest or tokens)
     encoded = []
