@@ -1,5 +1,6 @@
 """Methods by name: each can be made with a budget of either kind and spends it, and other names are refused."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from apportion.keys.generation import first_difference, write
 from apportion.models import load
 from apportion.models.key_door import LayerFacts
 
-FITTED = [name for name, each in CATALOGUE.items() if each.make(KeyBudget(keys=8)).needs_fit]
+FITTED = [name for name, each in CATALOGUE.items() if each.make(KeyBudget(share=0.25)).needs_fit]
 
 
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in FITTED])
@@ -22,7 +23,8 @@ def test_a_method_saves_what_the_catalogue_says(
     make_step: Any, facts: LayerFacts, name: str, budget: KeyBudget, tmp_path: Path
 ) -> None:
     method = method_named(name, budget)
-    memory: Any = method.memory(facts)
+    # Some methods leave the first two layers dense.
+    memory: Any = method.memory(dataclasses.replace(facts, layer=2, layers=3))
     memory.attend(make_step(200))
     memory.close()
     memory.attend(make_step(1, seed=1, start=200))

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 from apportion.errors import InputError
 from apportion.keys.baselines import DenseKeys, OracleKeys, RandomKeyChoice, WindowKeys
 from apportion.keys.budget import KeyBudget
+from apportion.keys.cskv import CSKV
+from apportion.keys.double_sparsity import DoubleSparsity
 from apportion.keys.key_norm import KeyNorm
 from apportion.keys.kvpress_adapter import KvPress
+from apportion.keys.loki import Loki
+from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.method import KeyMethod
 from apportion.keys.quantized import QuantizedKeys
+from apportion.keys.quest import Quest
+from apportion.keys.seer_attention import SeerAttention
+from apportion.keys.shadow_kv import ShadowKV
 from apportion.keys.snap_kv import SnapKV
+from apportion.keys.sparq import SparQ
 from apportion.keys.streaming_llm import StreamingLLM
 
 _PRESS = "kvpress:"
@@ -24,7 +32,8 @@ class Offered:
     Attributes:
         make: the method for a budget, everything else as its paper has it.
         saves: ``reads``: keeps all tokens, and a query reads as many as the budget says. ``bytes``: forgets tokens, and
-            keeps as many of a prompt as the budget says. ``bits``: keeps all tokens in fewer bytes, whatever the
+            keeps as many of a prompt as the budget says, or a share of each token's numbers. ``prompt``: reads a share
+            of the prompt's blocks while it takes it in. ``bits``: keeps all tokens in fewer bytes, whatever the
             budget. ``nothing``.
         says: what it does, in a line.
     """
@@ -39,6 +48,28 @@ CATALOGUE: dict[str, Offered] = {
     "oracle": Offered(OracleKeys, "reads", "the keys with the largest products: the upper bound"),
     "sinks_and_recent": Offered(WindowKeys, "reads", "the first keys and the newest: what a method has to beat"),
     "random": Offered(RandomKeyChoice, "reads", "keys drawn anew for every query: the floor"),
+    "double_sparsity": Offered(DoubleSparsity, "reads", "keys found by a few channels that were chosen before"),
+    "quest": Offered(Quest, "reads", "pages of keys found by their bounds"),
+    "sparq": Offered(SparQ, "reads", "keys found by the channels that a query is largest in"),
+    "loki": Offered(Loki, "reads", "keys found by their leading directions"),
+    "shadow_kv": Offered(
+        lambda budget: ShadowKV(budget, counted="all", outliers=3, local=1),
+        "reads",
+        "chunks of keys found by their means, keys of low rank (3 outlier chunks, 1 local one, within the budget)",
+    ),
+    "seer_attention": Offered(
+        lambda budget: SeerAttention(sparsity=1 - _share(budget)),
+        "prompt",
+        "blocks of the prompt found by a trained gate",
+    ),
+    "matryoshka_kv": Offered(
+        lambda budget: MatryoshkaKV(share=_share(budget)), "bytes", "keys and values in fewer dimensions, head by head"
+    ),
+    "cskv": Offered(
+        lambda budget: CSKV(key_density=_share(budget) / 2, value_density=min(1.0, 1.5 * _share(budget))),
+        "bytes",
+        "keys and values in fewer directions, joined over heads; values get three times the keys' share",
+    ),
     "streaming_llm": Offered(
         lambda budget: StreamingLLM(_with_sinks(budget)), "bytes", "forgets all but the first and the newest tokens"
     ),
@@ -91,6 +122,19 @@ def parse_budget(text: str) -> KeyBudget:
     except (ValueError, ZeroDivisionError) as error:
         raise InputError(f"budget {text!r}: a share such as 1/16 or 0.0625, or a number of keys such as 256") from error
     return KeyBudget(share=share)
+
+
+def _share(budget: KeyBudget) -> float:
+    """The share that a budget is of what each token takes.
+
+    Raises:
+        InputError: it is a number of keys.
+    """
+    if budget.share is None:
+        raise InputError(
+            f"budget of {budget.keys} keys: this method saves a share of every token; give one, such as 1/4"
+        )
+    return budget.share
 
 
 def _with_sinks(budget: KeyBudget) -> KeyBudget:
