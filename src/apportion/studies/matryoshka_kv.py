@@ -11,7 +11,8 @@ own, found greedily, are compared with the same rank everywhere.
 
 Seen before the study was written: principal components and 20 steps at learning rates 0.001 (the paper's) and 0.004, on
 the first 44 long documents of the corpus, which the study leaves out. The higher rate was better at every budget and is
-used where a run is this short; nothing else was tried.
+used where a run is this short; nothing else was tried. Two smoke runs were seen too (2 steps, texts of the same pool).
+A first default run was ended for its length before it had shown a figure, and steps and texts were then cut.
 """
 
 import tempfile
