@@ -95,9 +95,16 @@ class ChunkTable:
 
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> "ChunkTable":
         """Of these rows of the batch."""
-        order = None if self.order is None else self.order[rows]
-        of_rows = (each[rows] for each in (self.lengths, self.counts, self.means, self.candidates, self.outliers))
-        return ChunkTable(self.rule, *of_rows, order, self.starts[rows])
+        return ChunkTable(
+            self.rule,
+            self.lengths[rows],
+            self.counts[rows],
+            self.means[rows],
+            self.candidates[rows],
+            self.outliers[rows],
+            None if self.order is None else self.order[rows],
+            self.starts[rows],
+        )
 
     @property
     def bytes(self) -> int:

@@ -114,8 +114,10 @@ class SlowTokens(KeptTokens):
 
     def _forget(self) -> None:
         shape = (*self._content.shape[:2], 0)
-        self._tokens = torch.empty(shape, dtype=torch.long, device=self._device)
-        self._resident = torch.empty(*shape, self._content.shape[-1], dtype=self._content.dtype, device=self._device)
+        self._tokens: Tensor = torch.empty(shape, dtype=torch.long, device=self._device)
+        self._resident: Tensor = torch.empty(
+            *shape, self._content.shape[-1], dtype=self._content.dtype, device=self._device
+        )
 
 
 def true_places(mask: Bool[Tensor, "batch groups some"]) -> Int[Tensor, "batch groups most"]:
