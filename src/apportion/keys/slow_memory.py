@@ -66,7 +66,7 @@ class SlowTokens(KeptTokens):
     def __init__(self, content: Float[Tensor, "batch groups tokens width"]) -> None:
         self._device = content.device
         super().__init__(self._away(content))
-        self._forget()
+        self._tokens, self._resident = self._nothing()
 
     @override
     def read(
@@ -100,7 +100,7 @@ class SlowTokens(KeptTokens):
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
         self._content = self._away(self._content[rows.to(self._content.device)])
-        self._forget()
+        self._tokens, self._resident = self._nothing()
 
     @override
     @property
@@ -115,10 +115,11 @@ class SlowTokens(KeptTokens):
     def _away(self, content: Tensor) -> Tensor:
         return content.cpu().pin_memory() if self._device.type == "cuda" else content
 
-    def _forget(self) -> None:
+    def _nothing(self) -> tuple[Int[Tensor, "batch groups 0"], Float[Tensor, "batch groups 0 width"]]:
+        """What stays of no reading: tokens, and their vectors."""
         shape = (*self._content.shape[:2], 0)
-        self._tokens = torch.empty(shape, dtype=torch.long, device=self._device)
-        self._resident = torch.empty(*shape, self._content.shape[-1], dtype=self._content.dtype, device=self._device)
+        tokens = torch.empty(shape, dtype=torch.long, device=self._device)
+        return tokens, self._content.new_empty(*shape, self._content.shape[-1], device=self._device)
 
 
 def true_places(mask: Bool[Tensor, "batch groups some"]) -> Int[Tensor, "batch groups most"]:
