@@ -269,12 +269,19 @@ class Generation:
 
     @torch.no_grad()
     def _filled(self, door: Door) -> object:
-        """Let the model make a cache, and show its memories the rest of a prompt, which nobody asks anything."""
+        """Let the model make a cache, and give its stores and selectors the rest of a prompt, which nobody reads.
+
+        The memories go on counting from the first token, so that positions are wrong; time does not depend on them.
+        """
         self.lm.model(self.token, logits_to_keep=1, use_cache=True)
         for facts, memory in zip(layer_facts(self.lm), door.memories(), strict=True):
+            assert isinstance(memory, ComposedMemory)
             keys, values = self._random(facts)
-            nobody = torch.empty(1, facts.heads, 0, facts.width)
-            memory.attend(Step(nobody, keys, values, torch.ones(1, self.context, dtype=torch.bool), 1.0))
+            nobody = keys.new_zeros(1).expand(1, facts.heads, self.context, facts.width)
+            step = Step(nobody, keys, values, torch.ones(1, self.context, dtype=torch.bool), 1.0)
+            memory.store.append(step)
+            if memory.selector is not None:
+                memory.selector.extend(step, memory.store)
         close_prompt(door.cache)
         return door.cache
 

@@ -13,7 +13,7 @@ import torch
 
 import benchmarks.all  # noqa: F401  fills the registry
 from apportion.errors import InputError
-from benchmarks import contenders, harvest, memory, million, page, peers, runner, step_parts
+from benchmarks import contenders, harvest, keys, memory, million, page, peers, runner, step_parts
 from benchmarks.command import RESULTS, main
 from benchmarks.machine import ROOT
 from benchmarks.problem import SMOKE, Problem
@@ -38,6 +38,7 @@ def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 def smoke(no_peers: None, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path) -> None:
     """Everything that a smoke run of every benchmark needs."""
     monkeypatch.setattr(harvest, "_MODEL", str(tiny_llama))
+    monkeypatch.setattr(keys, "_MODEL", str(tiny_llama))
 
 
 def run_smoke(name: str) -> dict[str, Any]:
@@ -48,6 +49,9 @@ def run_smoke(name: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("smoke")
 @pytest.mark.parametrize("name", ["step", "step_parts", "scaling", "memory", "million", "harvest", "report", "prefill"])
+@pytest.mark.parametrize(
+    "name", ["step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "generation"]
+)
 def test_smoke_run_gives_the_promised_json(name: str) -> None:
     result = run_smoke(name)
     assert result["skipped"] is None

@@ -127,6 +127,37 @@ def test_a_share_is_of_what_each_query_sees() -> None:
     assert selection.kept.sum(-1)[0, 0].tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
+@pytest.mark.parametrize("budget", [KeyBudget(keys=5), KeyBudget(share=0.3, sinks=2, recent=3), KeyBudget(keys=40)])
+@pytest.mark.parametrize("padding", [0, 4])
+@pytest.mark.parametrize("new", [1, 3])
+def test_the_best_tokens_are_sinks_recent_ones_and_the_best_of_the_others(
+    budget: KeyBudget, padding: int, new: int
+) -> None:
+    tokens = 40
+    # Many ties: earlier tokens win them, wherever every query chooses equally many.
+    scores = torch.randn(2, 3, new, tokens, generator=torch.Generator().manual_seed(0)).mul(2).round()
+    seen = causal(new, tokens) & torch.ones(2, 1, tokens, dtype=torch.bool)
+    seen[1, :, :padding] = False
+    before = scores.clone()
+    found = best_tokens(scores, seen, budget).mask(tokens)
+    assert scores.equal(before)
+    for row in range(2):
+        for query in range(new):
+            visible = seen[row, query].nonzero().flatten().tolist()
+            wanted = budget.tokens(len(visible))
+            forced = visible[: budget.sinks] + visible[len(visible) - budget.recent :]
+            for head in range(3):
+                others = [token for token in visible if token not in forced]
+                others.sort(key=lambda token: -float(scores[row, head, query, token]))
+                chosen = found[row, head, query].nonzero().flatten().tolist()
+                best = forced + others[: wanted - len(set(forced))]
+                if budget.share is None or (new == 1 and not padding):
+                    assert chosen == sorted(set(best))
+                else:
+                    assert len(chosen) == wanted
+                    assert scores[row, head, query, chosen].sum() == scores[row, head, query, sorted(set(best))].sum()
+
+
 def test_masks_and_lists_are_the_same_thing() -> None:
     mask = torch.rand(2, 3, 4, 9, generator=torch.Generator().manual_seed(1)) < 0.4
     selection = KeySelection.of_mask(mask)

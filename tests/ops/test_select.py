@@ -286,3 +286,46 @@ def test_a_compiled_function_selects_the_same(dynamic: bool) -> None:
     compiled = torch.compile(kept, backend="aot_eager", dynamic=dynamic)
     assert compiled(scores).equal(kept(scores))
     assert compiled(scores[:9]).equal(kept(scores[:9]))
+
+
+@pytest.fixture
+def by_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are chosen by a cut from a sample of a few scores, however few win."""
+    monkeypatch.setattr(cpu, "_LARGE_HEAP", 0)
+    monkeypatch.setattr(cpu, "_ROW_SAMPLE", 40)
+
+
+@pytest.mark.usefixtures("by_cut")
+@hypothesis.settings(SETTINGS, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.given(score_matrices(min_rows=1), st.data())
+def test_a_cut_finds_the_winners_of_every_small_matrix(scores: Tensor, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, scores.shape[1]))
+    same(cpu.select_rows(scores, count), reference.select_rows(scores, count))
+
+
+@pytest.mark.usefixtures("by_cut")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["normal", "coarse", "constant", "sorted", "outliers", "periodic", "infinite"])
+def test_a_cut_finds_the_winners_whatever_the_sample_says(kind: str, seed: int) -> None:
+    scores = random_scores(5, 1000, seed)
+    if kind == "coarse":
+        scores = scores.mul(2).round().div(2) * torch.where(scores > 0, 1, -1)
+    elif kind == "constant":
+        scores = torch.full((5, 1000), -0.0).where(scores > 0, 0.0)
+    elif kind == "sorted":
+        scores = scores.sort(dim=1).values
+    elif kind == "outliers":
+        scores[:, 500:503] = 1e30
+    elif kind == "periodic":
+        # The sample sees every 25th score, and these say nothing of the others.
+        scores[:, ::25] = 100 + torch.arange(40.0)
+    elif kind == "infinite":
+        scores[:, :40], scores[:, 40:90] = torch.inf, -torch.inf
+    for count in (1, 7, 63, 500, 999, 1000):
+        same(cpu.select_rows(scores, count), reference.select_rows(scores, count))
+
+
+def test_many_winners_of_a_row_are_found_without_a_heap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_rows", None)
+    scores = random_scores(3, 2000)
+    same(select_rows(scores, 125), reference.select_rows(scores, 125))
