@@ -194,7 +194,7 @@ def test_statistics_are_what_they_are_called(make_step: Any) -> None:
         torch.testing.assert_close(statistics.mean, values.mean(dim=(0, 2)))
     with pytest.raises(InputError, match="statistic='v'"):
         ChannelStatistics("v")
-    with pytest.raises(InputError, match="no token"):
+    with pytest.raises(InputError, match="texts is empty"):
         _ = ChannelStatistics().mean
 
 
@@ -229,7 +229,7 @@ def test_fit_ranks_channels_by_all_texts(lm: LanguageModel, tmp_path: Path) -> N
     assert isinstance(again, DoubleSparsity)
     assert again.settings() == both.settings()
     assert torch.equal(again.fitted[name], both.fitted[name])
-    with pytest.raises(InputError, match="no token"):
+    with pytest.raises(InputError, match="texts is empty"):
         DoubleSparsity().fit(lm, [])
 
 
