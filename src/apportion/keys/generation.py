@@ -1,5 +1,6 @@
 """Text that a model writes by a key method, token by token, with what that cost."""
 
+import statistics
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,8 +25,7 @@ class Written:
         prompt_tokens: that it went on from.
         prompt_seconds: computing them.
         compress_seconds: closing the prompt.
-        seconds: all decoding steps; the first token is the prompt's.
-        steps: how many there were.
+        step_seconds: of each decoding step; the first token is the prompt's.
         usage: what reading and holding cost from the prompt on; None without a method.
     """
 
@@ -33,14 +33,18 @@ class Written:
     prompt_tokens: int
     prompt_seconds: float
     compress_seconds: float
-    seconds: float
-    steps: int
+    step_seconds: tuple[float, ...]
     usage: Usage | None
 
     @property
+    def steps(self) -> int:
+        """Decoding steps."""
+        return len(self.step_seconds)
+
+    @property
     def tokens_per_second(self) -> float | None:
-        """Of decoding; None where nothing was decoded."""
-        return self.steps / self.seconds if self.steps else None
+        """Of the median decoding step, since kernels may be compiled in the first; None where nothing was decoded."""
+        return 1 / statistics.median(self.step_seconds) if self.step_seconds else None
 
 
 @torch.no_grad()
@@ -76,17 +80,17 @@ def write(
             close_prompt(cache)
         closed = time.perf_counter()
         ends = _ends(model)
-        steps = 0
+        steps = []
         while len(written) < tokens and written[-1] not in ends:
+            begun = time.perf_counter()
             newest = torch.tensor([[written[-1]]], device=prompt.device)
             logits = model.model(newest, past_key_values=cache, logits_to_keep=1).logits
             written.append(int(logits[0, -1].argmax()))
-            steps += 1
-        seconds = time.perf_counter() - closed
+            steps.append(time.perf_counter() - begun)
         usage = None if run is None else run.usage
     if written[-1] in ends:
         written.pop()
-    return Written(tuple(written), len(prompt), computed - started, closed - computed, seconds, steps, usage)
+    return Written(tuple(written), len(prompt), computed - started, closed - computed, tuple(steps), usage)
 
 
 def first_difference(one: tuple[int, ...], other: tuple[int, ...]) -> int | None:
