@@ -81,7 +81,6 @@ def fitted(name: str, method: "KeyMethod", lm: "LanguageModel", fit: str | None)
 
 def saved_method(folder: Path, budget: "KeyBudget | None") -> "KeyMethod":
     """A method from a folder, with another budget if one is given."""
-    import apportion.keys.catalogue  # noqa: F401  # so that all methods are known
     from apportion.keys import read_method
 
     with about("--saved"):

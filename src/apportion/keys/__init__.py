@@ -9,8 +9,10 @@ token, and both spend a `KeyBudget` that one `Usage` accounts for. A `KeyMethod`
 
 from apportion.keys.baselines import DenseKeys, OracleKeys, RandomKeyChoice, WindowKeys
 from apportion.keys.budget import KeyBudget, Usage
+from apportion.keys.cskv import CSKV
 from apportion.keys.double_sparsity import DoubleSparsity
 from apportion.keys.loki import Loki
+from apportion.keys.matryoshka_kv import MatryoshkaKV
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod, read_method
 from apportion.keys.quest import Quest
@@ -20,11 +22,15 @@ from apportion.keys.sea_distillation import attention_losses, fit_to_trace, mass
 from apportion.keys.seer_attention import SeerAttention
 from apportion.keys.selecting import SelectingMethod
 from apportion.keys.selectors import KeySelection, Selector
+from apportion.keys.shadow_kv import ShadowKV
+from apportion.keys.snap_kv import SnapKV
 from apportion.keys.sparq import SparQ
 from apportion.keys.stores import ExactStore, Store
+from apportion.keys.streaming_llm import StreamingLLM
 from apportion.keys.trace import Trace, compare_on_trace, record_trace
 
 __all__ = [
+    "CSKV",
     "ComposedMemory",
     "DenseKeys",
     "DoubleSparsity",
@@ -34,6 +40,7 @@ __all__ = [
     "KeyMethod",
     "KeySelection",
     "Loki",
+    "MatryoshkaKV",
     "OpenMethod",
     "OracleKeys",
     "Quest",
@@ -47,8 +54,11 @@ __all__ = [
     "SeerAttention",
     "SelectingMethod",
     "Selector",
+    "ShadowKV",
+    "SnapKV",
     "SparQ",
     "Store",
+    "StreamingLLM",
     "Trace",
     "Usage",
     "WindowKeys",

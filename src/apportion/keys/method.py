@@ -177,6 +177,8 @@ def read_method(folder: Path | str) -> KeyMethod:
     Raises:
         InputError: there is none that is known; see `KeyMethod.load`.
     """
+    import apportion.keys.catalogue  # noqa: F401  # so that all methods are known
+
     manifest = read_json(Path(folder) / "method.json")
     slug = manifest.get("method") if isinstance(manifest, Mapping) else None
     known = {each.slug: each for each in _subclasses(KeyMethod) if hasattr(each, "slug")}  # type: ignore[type-abstract]
