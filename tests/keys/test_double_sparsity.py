@@ -194,7 +194,7 @@ def test_statistics_are_what_they_are_called(make_step: Any) -> None:
         torch.testing.assert_close(statistics.mean, values.mean(dim=(0, 2)))
     with pytest.raises(InputError, match="statistic='v'"):
         ChannelStatistics("v")
-    with pytest.raises(InputError, match="texts is empty"):
+    with pytest.raises(InputError, match="no token"):
         _ = ChannelStatistics().mean
 
 
