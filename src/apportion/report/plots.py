@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart with every common colour vision, and in grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
+# Where the colours are used up they come again in other lines.
+_LINES, _MARKERS = ("-", "--", ":"), ("o", "s", "^")
+_MOST_INSIDE, _MOST_TICKS = 6, 12
 _STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -125,7 +128,12 @@ def pareto(
     with _figure(path, (6.4, 4.4), 1, title) as (panel,):
         _draw_trade_off(panel, points, list(dict.fromkeys(point.series for point in points)))
         panel.set(xlabel=cost, ylabel=quality, xscale="log" if log_cost else "linear")
-        panel.legend()
+        whole = {point.cost for point in points}
+        if len(whole) <= _MOST_TICKS and all(float(each).is_integer() for each in whole) and not log_cost:
+            panel.set_xticks(sorted(whole))
+        many = len({point.series for point in points}) > _MOST_INSIDE
+        # Many names would lie on the lines.
+        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5)) if many else panel.legend()
     return Path(path)
 
 
@@ -151,7 +159,8 @@ def _draw_trade_off(panel: "Axes", points: Sequence[ParetoPoint], series: Sequen
             xerr=[point.cost_stderr for point in own],
             yerr=[point.quality_stderr for point in own],
             color=_COLOURS[series.index(name) % len(_COLOURS)],
-            marker="o",
+            linestyle=_LINES[series.index(name) // len(_COLOURS) % len(_LINES)],
+            marker=_MARKERS[series.index(name) // len(_COLOURS) % len(_MARKERS)],
             markersize=5,
             capsize=3,
             elinewidth=1.1,
