@@ -19,7 +19,8 @@ from apportion.keys import ComposedMemory, KeyBudget
 from apportion.keys.selectors import TopKeys, across_group, best_tokens
 from apportion.keys.stores import Growing, Store, gather_tokens
 from apportion.models import LanguageModel, load
-from apportion.models.key_door import Door, LayerFacts, Step, attend_with, close_prompt, layer_facts
+from apportion.models.key_door import Door, attend_with, close_prompt, layer_facts
+from apportion.models.key_memory import LayerFacts, Step
 from apportion.ops import attend_selected, label_scores, low_rank_keys, pack_labels, packed_label_scores, select_rows
 from apportion.ops.attend import attend
 from benchmarks.registry import Case, Race, RacePlan, Unavailable, benchmark, timed

@@ -14,7 +14,7 @@ from apportion.keys.blocks import BlockGrid, BlockRule, RandomBlocks
 from apportion.keys.seer_attention import GateBlocks, PromptGates
 from apportion.keys.seer_attention.gate import GateShape, rotary_frequencies
 from apportion.keys.stores import ExactStore
-from apportion.models.key_door import LayerFacts, Rotation, Step
+from apportion.models.key_memory import LayerFacts, Rotation, Step
 from apportion.ops.block_attend import block_attend
 from benchmarks.registry import Case, Race, RacePlan, benchmark, timed
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from apportion.models.key_door import LayerFacts, Rotation, Step
+from apportion.models.key_memory import LayerFacts, Rotation, Step
 from tiny_families import tiny_model
 
 MakeStep = Callable[..., Step]

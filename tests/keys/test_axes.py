@@ -19,7 +19,8 @@ from apportion.keys.selectors import Oracle, RandomKeys, Selector, SinksAndRecen
 from apportion.keys.stores import Growing, Rotations
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import load
-from apportion.models.key_door import LayerFacts, attend_with, memories_of, with_memories
+from apportion.models.key_door import attend_with, memories_of, with_memories
+from apportion.models.key_memory import LayerFacts
 from apportion.ops.attend import attend, attend_masked, attend_selected, causal, reference
 from key_methods import Keeps, NeedsFit
 

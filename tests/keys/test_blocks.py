@@ -22,7 +22,7 @@ from apportion.keys.blocks import (
     pool_blocks,
 )
 from apportion.keys.trace import exact_weights, part_of
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_memory import LayerFacts
 from apportion.ops.attend import causal
 
 SCORERS = {

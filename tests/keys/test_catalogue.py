@@ -12,7 +12,7 @@ from apportion.keys import KeyBudget, read_method
 from apportion.keys.catalogue import CATALOGUE, method_named, offered, parse_budget
 from apportion.keys.generation import first_difference, write
 from apportion.models import load
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_memory import LayerFacts
 
 FITTED = [name for name, each in CATALOGUE.items() if each.make(KeyBudget(share=0.25)).needs_fit]
 

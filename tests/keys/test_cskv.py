@@ -27,7 +27,7 @@ from apportion.keys.reconstruction import Reconstruction, pieces_of
 from apportion.keys.selectors import Oracle
 from apportion.keys.trace import encode_texts, part_of, watch_steps
 from apportion.models import LanguageModel, load
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 from apportion.models.key_projections import key_projections
 from apportion.ops.attend import reference
 from biased_models import biased_model

@@ -15,7 +15,8 @@ from apportion.keys.selectors import Oracle
 from apportion.keys.stores import ExactStore
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import LanguageModel, load
-from apportion.models.key_door import LayerFacts, Step, queries_of
+from apportion.models.key_door import queries_of
+from apportion.models.key_memory import LayerFacts, Step
 
 ALL_CHANNELS = torch.arange(8).expand(4, 8)
 FEW_CHANNELS = torch.tensor([[0, 3], [1, 2], [4, 7], [5, 6]])

@@ -16,7 +16,7 @@ from apportion.keys.selectors import SinksAndRecent
 from apportion.keys.snap_kv import SnapKV, pyramid_capacity
 from apportion.keys.streaming_llm import StreamingLLM
 from apportion.keys.trace import part_of
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_memory import LayerFacts
 from apportion.ops.attend import causal, reference
 from key_methods import ShortKeys
 

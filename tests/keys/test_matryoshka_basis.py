@@ -15,7 +15,7 @@ from apportion.keys.matryoshka_basis import (
     with_cayley_signs,
 )
 from apportion.keys.projected_store import HeadSpace, ProjectedStore
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_memory import LayerFacts
 from apportion.ops.attend import attend
 
 WIDTH = 8

@@ -8,7 +8,7 @@ import torch
 from apportion.errors import InputError
 from apportion.keys.quantized import QuantizedKeys, QuantizedStore, dequantize, quantize
 from apportion.keys.trace import part_of
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_memory import LayerFacts
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

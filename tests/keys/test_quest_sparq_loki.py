@@ -14,7 +14,7 @@ from apportion.keys.selectors import TopKeys
 from apportion.keys.sparq import MeanValueMemory, QueryChannelSelector
 from apportion.keys.trace import part_of
 from apportion.models import LanguageModel, load
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 from apportion.ops.attend import attend, causal
 
 TEXTS = [

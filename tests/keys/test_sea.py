@@ -22,7 +22,7 @@ from apportion.keys.sea_lists import (
     row_lengths,
 )
 from apportion.keys.trace import Trace
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_memory import LayerFacts
 from apportion.training import TrainingSettings
 
 SMALL = SeaSettings(heads=3, head_width=8, keys=4, columns=8, length=40, feature_factor=2)

@@ -26,7 +26,7 @@ from apportion.keys.seer_attention.gate import GateShape, rotary_frequencies
 from apportion.keys.stores import ExactStore
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import LanguageModel, load
-from apportion.models.key_door import LayerFacts, Rotation
+from apportion.models.key_memory import LayerFacts, Rotation
 
 TEXTS = [
     f"the {word} and other {word}s, of which there are more than one; " * 3 for word in ("apple", "river", "stone")

@@ -20,7 +20,7 @@ from apportion.keys.shadow_kv import ShadowKV, shadow_report
 from apportion.keys.slow_memory import SlowTokens, put, true_places
 from apportion.keys.trace import part_of
 from apportion.models import load
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 from apportion.ops.attend import attend, reference
 
 SMALL = {"chunk": 4, "local": 1, "outliers": 1, "rank_share": 1.0}

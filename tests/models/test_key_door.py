@@ -9,7 +9,8 @@ import transformers
 
 from apportion.errors import InputError
 from apportion.keys import ComposedMemory
-from apportion.models.key_door import Rotation, Step, attend_with, layer_facts, memories_of, queries_of
+from apportion.models.key_door import attend_with, layer_facts, memories_of, queries_of
+from apportion.models.key_memory import Rotation, Step
 from tiny_families import CAUSAL, LLAMA_LIKE, tiny_model
 
 # These have layers without a sliding window: of the tiny models two have none.
@@ -236,4 +237,10 @@ def test_bad_input_is_refused(ids: torch.Tensor) -> None:
             mine.reset()
     with pytest.raises(InputError, match="within such a block"):
         model(ids, past_key_values=mine)
+    other = tiny_model("qwen2")
+    with attend_with(other, ComposedMemory):
+        other(ids)
+        # Somebody else's open door: without the check, attention would see the newest tokens alone.
+        with pytest.raises(InputError, match="within such a block"):
+            model(ids, past_key_values=mine)
     assert model.config._attn_implementation == "sdpa"

@@ -7,7 +7,7 @@ import torch
 
 from apportion.keys.trace import watch_steps
 from apportion.models import LanguageModel
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 from apportion.models.key_projections import key_projections
 from biased_models import biased_model
 from tiny_families import tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apportion.models.key_door import Rotation
+from apportion.models.key_memory import Rotation
 from apportion.ops import low_rank_keys
 from apportion.ops.low_rank_keys import cpu, reference
 

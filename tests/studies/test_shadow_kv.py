@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from apportion.keys import ComposedMemory
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 from apportion.studies import shadow_kv
 from apportion.studies.workbench import Workbench
 

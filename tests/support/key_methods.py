@@ -16,7 +16,7 @@ from apportion.keys.seer_attention import GateRecipe, SeerAttention
 from apportion.keys.selectors import Oracle
 from apportion.keys.shadow_kv import ShadowKV
 from apportion.keys.streaming_llm import StreamingLLM
-from apportion.models.key_door import LayerFacts, LayerMemory
+from apportion.models.key_memory import LayerFacts, LayerMemory
 
 
 @dataclasses.dataclass(eq=False)

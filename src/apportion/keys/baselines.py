@@ -13,7 +13,7 @@ from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
 from apportion.keys.selecting import SelectingMethod
 from apportion.keys.selectors import Oracle, RandomKeys, Selector, SinksAndRecent
-from apportion.models.key_door import LayerFacts, LayerMemory
+from apportion.models.key_memory import LayerFacts, LayerMemory
 
 
 @dataclass(eq=False)

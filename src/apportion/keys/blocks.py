@@ -29,7 +29,7 @@ from typing_extensions import override
 from apportion.errors import InputError
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.stores import Store
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 from apportion.ops.attend import attend, causal, reference
 from apportion.ops.block_attend import block_attend
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from apportion.keys.low_rank import PARTS, Factors, joint_parts
 from apportion.keys.quantising import CodeCache
 from apportion.keys.stores import Growing, Rotations, Store, gather_tokens
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ from apportion.keys.quantising import CodeCache, quantisers
 from apportion.keys.reconstruction import Reconstruction, model_batches, pieces_of, train_factors
 from apportion.keys.trace import encode_texts
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, layer_facts
+from apportion.models.key_door import layer_facts
+from apportion.models.key_memory import LayerFacts
 from apportion.models.key_projections import KeyProjections, key_projections
 
 INITS = ("exact", "svd", "asvd", "random")

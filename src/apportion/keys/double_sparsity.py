@@ -42,7 +42,8 @@ from apportion.keys.selectors import TopKeys, across_group, best_tokens, visible
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, encode_texts, part_of, watch_steps
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, Step, layer_facts, queries_of
+from apportion.models.key_door import layer_facts, queries_of
+from apportion.models.key_memory import LayerFacts, Step
 
 STATISTICS = ("qk", "q", "k", "unrotated q")
 CHANNELS = ("head", "group")

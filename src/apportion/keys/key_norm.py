@@ -25,7 +25,7 @@ from apportion.keys.budget import KeyBudget
 from apportion.keys.eviction import EvictingStore
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
-from apportion.models.key_door import LayerFacts, LayerMemory
+from apportion.models.key_memory import LayerFacts, LayerMemory
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from apportion.keys.budget import KeyBudget
 from apportion.keys.chunks import ChunkedStore, ChunkTable
 from apportion.keys.selectors import KeySelection, Selector, visible
 from apportion.keys.stores import Store
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 
 COUNTED, TURNS = ("selected", "all"), ("shared", "each")
 

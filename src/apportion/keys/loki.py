@@ -32,7 +32,8 @@ from apportion.keys.selectors import TopKeys
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import encode_texts, watch_steps
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, Step, layer_facts
+from apportion.models.key_door import layer_facts
+from apportion.models.key_memory import LayerFacts, Step
 
 
 class KeyCovariance:

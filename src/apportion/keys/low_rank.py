@@ -19,7 +19,7 @@ from torch import Tensor
 from apportion.errors import InputError
 from apportion.keys.trace import watch_steps
 from apportion.models import LanguageModel
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 from apportion.models.key_projections import KeyProjections, LinearMap
 
 PARTS = ("keys", "values")

@@ -53,7 +53,7 @@ from apportion.keys.projected_store import HeadSpace, ProjectedStore
 from apportion.keys.trace import record_trace
 from apportion.models import LanguageModel
 from apportion.models.heads import heads_written_by, write_weight
-from apportion.models.key_door import LayerFacts, LayerMemory
+from apportion.models.key_memory import LayerFacts, LayerMemory
 
 
 @dataclass(eq=False)

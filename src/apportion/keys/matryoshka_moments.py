@@ -10,7 +10,8 @@ from typing_extensions import override
 from apportion.errors import InputError
 from apportion.keys.memory import ComposedMemory
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, Step, attend_with, layer_facts
+from apportion.models.key_door import attend_with, layer_facts
+from apportion.models.key_memory import LayerFacts, Step
 
 
 class _Moments:

@@ -21,7 +21,8 @@ from apportion.keys.memory import ComposedMemory
 from apportion.keys.projected_store import HeadSpace, ProjectedStore
 from apportion.keys.trace import Trace
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, LayerMemory, Step, attend_with
+from apportion.models.key_door import attend_with
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 from apportion.ops.attend import attend
 from apportion.training import TrainingResult, TrainingSettings, train
 

@@ -11,7 +11,7 @@ from apportion.errors import InputError
 from apportion.keys.budget import Usage
 from apportion.keys.selectors import KeySelection, Selector
 from apportion.keys.stores import ExactStore, Store
-from apportion.models.key_door import LayerFacts, LayerMemory, Step
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 from apportion.ops.attend import attend, attend_masked, attend_selected
 
 MakeComposed = Callable[[LayerFacts], "ComposedMemory"]

@@ -18,7 +18,8 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget, Usage
 from apportion.keys.memory import ComposedMemory
 from apportion.models import LanguageModel
-from apportion.models.key_door import Door, LayerFacts, LayerMemory, attend_with, close_prompt, layer_facts
+from apportion.models.key_door import Door, attend_with, close_prompt, layer_facts
+from apportion.models.key_memory import LayerFacts, LayerMemory
 
 FORMAT = 1
 Method = TypeVar("Method", bound="KeyMethod")

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.keys.stores import ExactStore, Growing, Store, gather_tokens
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 
 
 class HeadSpace:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from apportion.keys.chunks import ChunkedStore, ChunkRule, ChunkTable, divide, order_of, tokens_of
 from apportion.keys.slow_memory import KeptTokens, SlowTokens, put, true_places
 from apportion.keys.stores import Growing, Rotations, gather_tokens
-from apportion.models.key_door import Rotation, Step
+from apportion.models.key_memory import Rotation, Step
 from apportion.ops.low_rank_keys import low_rank_keys
 
 

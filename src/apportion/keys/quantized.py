@@ -30,7 +30,7 @@ from apportion.errors import InputError
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
 from apportion.keys.stores import Growing, Store, gather_tokens
-from apportion.models.key_door import LayerFacts, LayerMemory, Step
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 
 
 @dataclass(eq=False)

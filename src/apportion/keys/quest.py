@@ -31,7 +31,7 @@ from apportion.keys.budget import KeyBudget
 from apportion.keys.selecting import SelectingMethod
 from apportion.keys.selectors import Selector, TopKeys
 from apportion.keys.stores import Store
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 
 
 class PageSelector(TopKeys):

@@ -19,7 +19,7 @@ from apportion.keys.low_rank import PARTS, Factors, joint_parts
 from apportion.keys.quantising import Quantiser
 from apportion.keys.trace import watch_steps
 from apportion.models import LanguageModel
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 from apportion.models.key_projections import KeyProjections
 from apportion.training import Metrics, TrainingResult, TrainingSettings, train
 

@@ -50,16 +50,8 @@ from apportion.keys.shared_prompt import (
     usage_of,
 )
 from apportion.models import LanguageModel
-from apportion.models.key_door import (
-    LayerFacts,
-    LayerMemory,
-    MakeMemory,
-    attend_with,
-    close_prompt,
-    layer_facts,
-    memories_of,
-    with_memories,
-)
+from apportion.models.key_door import attend_with, close_prompt, layer_facts, memories_of, with_memories
+from apportion.models.key_memory import LayerFacts, LayerMemory, MakeMemory
 
 MODES = ("multi_request", "multi_turn", "query_aware")
 _PLAIN = ""  # the methods that share a dense prompt

@@ -15,7 +15,7 @@ from apportion.errors import InputError
 from apportion.keys.sea import SeaAttention, SeaOutput, SeaSettings
 from apportion.keys.sea_lists import KeyLists, columns_of, row_lengths
 from apportion.keys.trace import Trace, exact_weights, part_of
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 from apportion.training import TrainingResult, TrainingSettings, train
 
 KL_WEIGHT = 0.1

@@ -11,7 +11,7 @@ from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
 from apportion.keys.selectors import GROUP_POLICIES, Selector
 from apportion.keys.stores import Store
-from apportion.models.key_door import LayerFacts
+from apportion.models.key_memory import LayerFacts
 
 
 @dataclass(eq=False)

@@ -14,7 +14,7 @@ from typing_extensions import override
 from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.stores import Store
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 from apportion.ops import select_rows
 from apportion.ops.attend import causal
 

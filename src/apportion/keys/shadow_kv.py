@@ -46,7 +46,8 @@ from apportion.keys.landmarks import COUNTED, TURNS, ChunkBudget, Landmarks
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod, OpenMethod
 from apportion.keys.prompt_svd import Folding, PromptSVDStore
-from apportion.models.key_door import LayerFacts, layer_facts
+from apportion.models.key_door import layer_facts
+from apportion.models.key_memory import LayerFacts
 
 
 @dataclass(eq=False)

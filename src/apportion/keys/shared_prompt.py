@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from apportion.keys.budget import Usage
 from apportion.keys.memory import ComposedMemory
-from apportion.models.key_door import LayerFacts, LayerMemory, Step, memories_of, with_memories
+from apportion.models.key_door import memories_of, with_memories
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 
 
 class Fan(LayerMemory):

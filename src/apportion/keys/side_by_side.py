@@ -18,7 +18,8 @@ from apportion.keys.budget import Usage
 from apportion.keys.memory import ComposedMemory, MakeComposed
 from apportion.keys.trace import Trace
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerMemory, Step, attend_with
+from apportion.models.key_door import attend_with
+from apportion.models.key_memory import LayerMemory, Step
 
 
 class SideBySide(LayerMemory):

@@ -34,7 +34,7 @@ from apportion.keys.memory import ComposedMemory
 from apportion.keys.selecting import SelectingMethod
 from apportion.keys.selectors import KeySelection, TopKeys, visible
 from apportion.keys.stores import Store
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 
 
 class QueryChannelSelector(TopKeys):

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from apportion.models.key_door import Rotation, Step
+from apportion.models.key_memory import Rotation, Step
 
 
 class Growing:

@@ -24,7 +24,7 @@ from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
 from apportion.keys.selectors import KeySelection, Selector, visible
 from apportion.keys.stores import ExactStore, Store
-from apportion.models.key_door import LayerFacts, LayerMemory, Step
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 
 
 @dataclass(eq=False)

@@ -16,7 +16,8 @@ from typing_extensions import override
 from apportion.errors import InputError
 from apportion.keys.memory import ComposedMemory
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, LayerMemory, Step, attend_with, layer_facts
+from apportion.models.key_door import attend_with, layer_facts
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 from apportion.ops.attend import attend, causal, reference
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from apportion.models.families import attention_of, base_of, blocks_of, transformer_of
-from apportion.models.key_door import LayerMemory, Step, attend_with, layer_facts
+from apportion.models.key_door import attend_with, layer_facts
+from apportion.models.key_memory import LayerMemory, Step
 from apportion.ops.attend import attend
 
 

@@ -13,6 +13,7 @@ the two estimates must follow the noises that were put in.
 """
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -114,7 +115,7 @@ _SIZES: dict[Scale, _Size] = {
 # --- where activations come from -------------------------------------------------------------------------------------
 
 
-class _World:
+class _World(ABC):
     """Activations of one site and of places that write into it before, in three parts that share no document.
 
     Attributes:
@@ -127,17 +128,17 @@ class _World:
     sources: dict[str, str]
     loss: SplicedLoss | None
 
+    @abstractmethod
     def batches(self, site: str | None, size: int, seed: int) -> Callable[[int], Tensor]:
         """Training tokens; the site is the world's own unless named."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fit(self, site: str | None = None) -> Tokens:
         """What linear maps are fitted to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def test(self, site: str | None = None) -> Tokens:
         """What everything is measured on."""
-        raise NotImplementedError
 
 
 class _Model(_World):

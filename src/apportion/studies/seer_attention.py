@@ -40,7 +40,8 @@ from apportion.keys.blocks import (
 from apportion.keys.seer_attention import Example, Gate, GateBlocks, GateRecipe, PromptGates, train_gates
 from apportion.keys.seer_attention.gate import GateShape, rotary_frequencies
 from apportion.models import LanguageModel, load
-from apportion.models.key_door import LayerFacts, LayerMemory, Step, attend_with, layer_facts
+from apportion.models.key_door import attend_with, layer_facts
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 from apportion.studies.finding import Comparison, Finding, Scale, collect_rows
 from apportion.studies.machine import machine
 from apportion.studies.workbench import Workbench

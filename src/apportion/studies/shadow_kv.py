@@ -34,7 +34,7 @@ from apportion.keys.shadow_kv import ShadowKV
 from apportion.keys.stores import Store
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import LanguageModel, load
-from apportion.models.key_door import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts, Step
 from apportion.ops.attend import attend
 from apportion.report import ResultRow, plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows

@@ -20,6 +20,7 @@ log-probabilities of the answer's tokens by P(1) / (P(0) + P(1)); else by the 0 
 import dataclasses
 import math
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -73,7 +74,7 @@ class Scorer(Protocol):
         """
 
 
-class _Judging:
+class _Judging(ABC):
     """Detection and fuzzing: windows in, verdicts out."""
 
     name: str
@@ -89,9 +90,9 @@ class _Judging:
         """See `Scorer`."""
         return {"per_prompt": self.per_prompt, "seed": self.seed, "temperature": self.temperature}
 
+    @abstractmethod
     def shown(self, examples: FeatureExamples) -> tuple[list[Example], list[str]]:
         """The windows to judge and their texts."""
-        raise NotImplementedError
 
     def score(self, examples: FeatureExamples, explanation: Explanation, ask: Asker) -> Score:
         """See `Scorer`."""

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.keys.blocks import POOLS, BlockGrid, attention_tiles, pool_blocks
-from apportion.models.key_door import LayerFacts, Rotation, Step
+from apportion.models.key_memory import LayerFacts, Rotation, Step
 from apportion.ops.attend import causal, reference
 
 

@@ -28,7 +28,8 @@ from apportion.keys.seer_attention.gate import (
 )
 from apportion.keys.seer_attention.reading import DecodeGate, GateBlocks
 from apportion.models import LanguageModel
-from apportion.models.key_door import LayerFacts, LayerMemory, Step, attend_with, layer_facts
+from apportion.models.key_door import attend_with, layer_facts
+from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 
 _PROMPT_THRESHOLD = 5e-4
 _DECODE_TOKENS = 4096

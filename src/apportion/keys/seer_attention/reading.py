@@ -10,7 +10,7 @@ from apportion.keys.budget import KeyBudget
 from apportion.keys.seer_attention.gate import Gate, GateShape, mixed_queries
 from apportion.keys.selectors import KeySelection, Selector, visible
 from apportion.keys.stores import Growing, Store
-from apportion.models.key_door import Step
+from apportion.models.key_memory import Step
 
 
 class CompressedKeys:

@@ -23,7 +23,7 @@ def low_rank_keys(
         basis: [batch, groups, rank, width], or [1, groups, rank, width] for all rows of the batch, same dtype.
         tokens: int64 [batch, groups, kept], from 0 to tokens - 1; a token may come more than once.
         cos: [batch or 1, tokens, half], ``2 * half <= width``: coordinate ``i`` turns together with ``i + half``, the
-            rest stays (see `apportion.models.key_door.Rotation`); None, as ``sin``, for keys that are not rotated.
+            rest stays (see `apportion.models.key_memory.Rotation`); None, as ``sin``, for keys that are not rotated.
         sin: likewise.
 
     Returns:
