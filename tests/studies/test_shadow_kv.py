@@ -1,29 +1,9 @@
-"""The study of ShadowKV: its page bounds, and one run of all of it on little."""
+"""The study of ShadowKV: one run of all of it on little."""
 
 import pytest
-import torch
 
-from apportion.keys import ComposedMemory
-from apportion.models.key_memory import LayerFacts, Step
 from apportion.studies import shadow_kv
 from apportion.studies.workbench import Workbench
-
-
-def test_page_bounds_are_above_every_product_in_the_page() -> None:
-    generator = torch.Generator().manual_seed(0)
-    keys, queries = torch.randn(1, 2, 11, 8, generator=generator), torch.randn(1, 4, 11, 8, generator=generator)
-    real = torch.ones(1, 11, dtype=torch.bool)
-    step = Step(queries, keys, keys, real, 1.0)
-    selector = shadow_kv.PageBounds(6, 4)
-    memory = ComposedMemory(LayerFacts(0, 4, 2, 8, 1), selector=selector)
-    memory.take_in(step)
-    memory.close()
-    scores = selector.scores(step, memory.store)
-    products = queries @ keys.repeat_interleave(2, 1).transpose(-1, -2)
-    assert (scores >= products - 1e-5).all()
-    first = torch.maximum(queries[0, 0, 0] * keys[0, 0, :4].amax(0), queries[0, 0, 0] * keys[0, 0, :4].amin(0)).sum()
-    torch.testing.assert_close(scores[0, 0, 0, :4], first.expand(4))
-    assert (scores[..., 8:] > 1e30).all(), "what fills no page is always read"
 
 
 @pytest.mark.packaged

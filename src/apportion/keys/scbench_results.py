@@ -45,7 +45,8 @@ class Record:
         exact: whether greedy decoding would write the answer.
         nll: of the answer's tokens, mean, in nats.
         prompt_tokens: what the cache was compressed after.
-        prefill_seconds: computing the prompt (generation). Methods with a dense prompt share one measurement.
+        prefill_seconds: computing the prompt (generation). Methods with a dense prompt share one measurement, in
+            which is what all of them do with each token (side tables).
         prefill_share_read: of the keys that its queries could see, those they read.
         compress_seconds: compressing it (compression).
         bytes_held: by the cache when the question was answered.

@@ -11,13 +11,12 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.keys.memory import ComposedMemory
 from apportion.models import LanguageModel
 from apportion.models.key_door import attend_with, layer_facts
-from apportion.models.key_memory import LayerFacts, LayerMemory, Step
+from apportion.models.key_memory import LayerFacts, Step, Watcher
 from apportion.ops.attend import attend, causal, reference
 
 
@@ -39,37 +38,6 @@ class Trace:
         return sorted(self.steps)
 
 
-class _Watcher(LayerMemory):
-    """Exact attention that shows somebody what it was given."""
-
-    def __init__(self, show: Callable[[Step], None]) -> None:
-        self._show, self._seen = show, 0
-
-    @override
-    @property
-    def seen(self) -> int:
-        return self._seen
-
-    @override
-    @property
-    def batch(self) -> int:
-        return 1
-
-    @override
-    def close(self) -> None:
-        pass
-
-    @override
-    def pick_rows(self, rows: Tensor) -> None:
-        pass
-
-    @override
-    def attend(self, step: Step) -> Tensor:
-        self._seen += step.new
-        self._show(step if step.hidden is None else replace(step, hidden=step.hidden.detach()))
-        return attend(step.queries, step.keys, step.values, step.scaling, step.softcap)
-
-
 @torch.no_grad()
 def watch_steps(model: LanguageModel, texts: Iterable[Int[Tensor, "_"]], show: Callable[[int, Step], None]) -> None:
     """Run texts through a decoder and show what its full-attention layers are given, without keeping any of it.
@@ -82,7 +50,7 @@ def watch_steps(model: LanguageModel, texts: Iterable[Int[Tensor, "_"]], show: C
     Raises:
         InputError: an unsuitable model.
     """
-    with attend_with(model, lambda facts: _Watcher(partial(show, facts.layer))):
+    with attend_with(model, lambda facts: Watcher(partial(show, facts.layer))):
         for ids in texts:
             model.model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
 

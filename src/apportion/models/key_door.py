@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.models.families import attention_of, blocks_of, layout_of, stack_of, transformer_of
-from apportion.models.key_memory import LayerFacts, LayerMemory, MakeMemory, Rotation, Step
+from apportion.models.key_memory import LayerFacts, LayerMemory, MakeMemory, Rotation, Step, Watcher
 
 _NAME = "apportion_keys"
 
@@ -179,8 +178,8 @@ def queries_of(
         InputError: the model has no such layer of full attention; or see `attend_with`.
     """
     inner: Any = transformer_of(model)
-    asked: list[Tensor] = []
-    with attend_with(inner, lambda facts: _Listens(asked)) as door:
+    steps: list[Step] = []
+    with attend_with(inner, lambda facts: Watcher(steps.append)) as door:
         if layer not in door.facts:
             known = ", ".join(map(str, sorted(door.facts)))
             raise InputError(f"layer={layer}: {type(inner).__name__} has full attention in {known}")
@@ -190,29 +189,7 @@ def queries_of(
         if rotation is not None:
             given["position_embeddings"] = tuple(torch.cat([each, each], -1) for each in (rotation.cos, rotation.sin))
         attention(**given)
-    return asked[0]
-
-
-class _Listens(LayerMemory):
-    """Notes the queries, and reads each token as itself."""
-
-    seen, batch = 0, 1
-
-    def __init__(self, asked: list[Tensor]) -> None:
-        self._asked = asked
-
-    @override
-    def attend(self, step: Step) -> Tensor:
-        self._asked.append(step.queries)
-        return step.values.repeat_interleave(step.group, dim=1)
-
-    @override
-    def close(self) -> None:
-        pass
-
-    @override
-    def pick_rows(self, rows: Tensor) -> None:
-        pass
+    return steps[0].queries
 
 
 def _facts(model: Any) -> tuple[dict[int, LayerFacts], dict[int, int]]:

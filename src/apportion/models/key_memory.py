@@ -6,14 +6,16 @@ Nothing here knows transformers; `apportion.models.key_door` is where a model's 
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from apportion.errors import InputError
+from apportion.ops.attend import attend
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,3 +186,29 @@ class LayerMemory(ABC):
 
 
 MakeMemory = Callable[[LayerFacts], LayerMemory]
+
+
+class Watcher(LayerMemory):
+    """Exact attention that shows somebody what it was given; for passes without a cache.
+
+    Args:
+        show: called with every step; its ``hidden`` is cut from the graph.
+    """
+
+    seen, batch = 0, 1
+
+    def __init__(self, show: Callable[[Step], None]) -> None:
+        self._show = show
+
+    @override
+    def attend(self, step: Step) -> Float[Tensor, "batch heads new value_width"]:
+        self._show(step if step.hidden is None else replace(step, hidden=step.hidden.detach()))
+        return attend(step.queries, step.keys, step.values, step.scaling, step.softcap)
+
+    @override
+    def close(self) -> None:
+        pass
+
+    @override
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        pass

@@ -7,17 +7,16 @@ others or interleaved by heads.
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import override
 
 from apportion.models.families import attention_of, base_of, blocks_of, transformer_of
 from apportion.models.key_door import attend_with, layer_facts
-from apportion.models.key_memory import LayerMemory, Step
-from apportion.ops.attend import attend
+from apportion.models.key_memory import Step, Watcher
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +75,7 @@ def key_projections(model: Any) -> dict[int, KeyProjections]:
         for facts in layer_facts(inner):
             attention = attention_of(blocks_of(inner)[facts.layer])
             stack.callback(attention.register_forward_pre_hook(given_probes, with_kwargs=True).remove)
-        stack.enter_context(attend_with(inner, lambda facts: _Sees(found, facts.layer)))
+        stack.enter_context(attend_with(inner, lambda facts: Watcher(partial(found.__setitem__, facts.layer))))
         ids = torch.zeros(len(probes), 1, dtype=torch.long, device=place.device)
         base_of(inner)(input_ids=ids, use_cache=False)
     return {
@@ -92,25 +91,3 @@ def _map(outputs: Float[Tensor, "probes groups 1 width"], stray: Float[Tensor, "
     expected = found(stray.to(flat))[0]
     # A stray vector's output in bfloat16 is right to some 1e-2; a norm would be off by its whole size.
     return found if float((flat[-1] - expected).norm()) <= 0.05 * float(expected.norm()) else None
-
-
-class _Sees(LayerMemory):
-    """Exact attention that notes what it was given."""
-
-    seen, batch = 0, 1
-
-    def __init__(self, found: dict[int, Step], layer: int) -> None:
-        self._found, self._layer = found, layer
-
-    @override
-    def attend(self, step: Step) -> Tensor:
-        self._found[self._layer] = step
-        return attend(step.queries, step.keys, step.values, step.scaling, step.softcap)
-
-    @override
-    def close(self) -> None:
-        pass
-
-    @override
-    def pick_rows(self, rows: Tensor) -> None:
-        pass

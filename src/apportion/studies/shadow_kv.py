@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from apportion.data import corpus
 from apportion.data.tasks.shared_context import SharedContext, needles
@@ -29,12 +28,12 @@ from apportion.keys.branches import ask_all, go_on
 from apportion.keys.chunks import ChunkRule, divide
 from apportion.keys.memory import MakeComposed
 from apportion.keys.prompt_svd import principal_directions
-from apportion.keys.selectors import Oracle, RandomKeys, SinksAndRecent, TopKeys
+from apportion.keys.quest import PageSelector
+from apportion.keys.selectors import Oracle, RandomKeys, SinksAndRecent
 from apportion.keys.shadow_kv import ShadowKV
-from apportion.keys.stores import Store
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import LanguageModel, load
-from apportion.models.key_memory import LayerFacts, Step
+from apportion.models.key_memory import LayerFacts
 from apportion.ops.attend import attend
 from apportion.report import ResultRow, plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
@@ -126,44 +125,6 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
 # --- methods ---------------------------------------------------------------------------------------------------------
 
 
-class PageBounds(TopKeys):
-    """The prompt's pages by an upper bound of the query's products with their keys (Quest), later tokens always.
-
-    Args:
-        keys: tokens read per query head.
-        page: tokens of a page; those at the prompt's end that fill none are always read.
-    """
-
-    def __init__(self, keys: int, page: int) -> None:
-        super().__init__(KeyBudget(keys=keys), "head")
-        self._page = page
-        self._low, self._high = torch.zeros(0), torch.zeros(0)
-
-    @override
-    def close(self, store: Store) -> None:
-        keys, _ = store.read()
-        pages = keys[:, :, : keys.shape[2] // self._page * self._page].unflatten(2, (-1, self._page))
-        self._low, self._high = pages.amin(3), pages.amax(3)
-
-    @override
-    def scores(self, step: Step, store: Store) -> Tensor:
-        low, high = (each.repeat_interleave(step.group, dim=1) for each in (self._low, self._high))
-        # The larger product of each coordinate: positive ones with the upper bound, negative ones with the lower.
-        up, down = step.queries.clamp_min(0), step.queries.clamp_max(0)
-        bounds = up @ high.transpose(-1, -2) + down @ low.transpose(-1, -2)
-        of_tokens = bounds.repeat_interleave(self._page, dim=-1)
-        rest = store.length - of_tokens.shape[-1]
-        return torch.nn.functional.pad(of_tokens, (0, rest), value=torch.finfo(of_tokens.dtype).max)
-
-    @override
-    def bytes_scanned(self) -> int:
-        return 2 * self._low.numel() * self._low.element_size()
-
-    @override
-    def pick_rows(self, rows: Tensor) -> None:
-        self._low, self._high = self._low[rows], self._high[rows]
-
-
 def _shadow(chunk: int, outliers: int, local: int, keys: int, facts: LayerFacts) -> ComposedMemory:
     budget = KeyBudget(keys=keys)
     method = ShadowKV(budget, counted="all", chunk=chunk, outliers=outliers, local=local, turn="each")
@@ -171,7 +132,7 @@ def _shadow(chunk: int, outliers: int, local: int, keys: int, facts: LayerFacts)
 
 
 def _pages(page: int, keys: int, facts: LayerFacts) -> ComposedMemory:
-    return ComposedMemory(facts, selector=PageBounds(keys, page))
+    return ComposedMemory(facts, selector=PageSelector(page, KeyBudget(keys=keys)))
 
 
 def _window(sinks: int, keys: int, facts: LayerFacts) -> ComposedMemory:

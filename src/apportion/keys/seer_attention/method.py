@@ -27,8 +27,9 @@ from apportion.keys.seer_attention.gate import (
     rotary_frequencies,
 )
 from apportion.keys.seer_attention.reading import DecodeGate, GateBlocks
+from apportion.keys.trace import encode_texts, watch_steps
 from apportion.models import LanguageModel
-from apportion.models.key_door import attend_with, layer_facts
+from apportion.models.key_door import layer_facts
 from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 
 _PROMPT_THRESHOLD = 5e-4
@@ -196,46 +197,25 @@ def distil(
     Raises:
         InputError: no text, or one of a single block.
     """
-    if not texts:
-        raise InputError("texts is empty: gates are distilled from at least one text")
-    tokens = min(tokens, getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or tokens)
     examples, frequencies = [], None
-    for number, text in enumerate(texts):
-        ids = model.tokenizer(text, return_tensors="pt", truncation=True, max_length=tokens)["input_ids"]
-        if ids.shape[1] <= shape.size:
+    for number, ids in enumerate(encode_texts(model, texts, tokens)):
+        if len(ids) <= shape.size:
             raise InputError(
-                f"text {number} has {ids.shape[1]} tokens, one block of size={shape.size}: there is nothing to choose "
+                f"text {number} has {len(ids)} tokens, one block of size={shape.size}: there is nothing to choose "
                 "from; give longer texts or smaller blocks"
             )
         taught: dict[int, tuple[Example, Tensor | None]] = {}
 
-        def make(facts: LayerFacts, taught: dict[int, tuple[Example, Tensor | None]] = taught) -> LayerMemory:
-            return _Teacher(facts, kind, shape, taught)
+        def teach(layer: int, step: Step, taught: dict[int, tuple[Example, Tensor | None]] = taught) -> None:
+            taught[layer] = kind.example(step, shape), rotary_frequencies(step, shape.width)
 
-        with torch.no_grad(), attend_with(model, make):
-            model.model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+        watch_steps(model, [ids], teach)
         parts = [taught[layer] for layer in sorted(taught)]
         examples.append(Example.of_layers([example for example, _ in parts]))
         turning = [each for _, each in parts if each is not None]
         if len(turning) == len(parts):
             frequencies = torch.stack(turning)
     return examples, frequencies
-
-
-class _Teacher(ComposedMemory):
-    """Dense attention that notes what a gate would have to know."""
-
-    def __init__(
-        self, facts: LayerFacts, kind: type[Gates], shape: GateShape, taught: dict[int, tuple[Example, Tensor | None]]
-    ) -> None:
-        super().__init__(facts)
-        self._kind, self._shape, self._taught = kind, shape, taught
-
-    @override
-    def attend(self, step: Step) -> Float[Tensor, "batch heads new value_width"]:
-        example = self._kind.example(step, self._shape)
-        self._taught[self.facts.layer] = example, rotary_frequencies(step, self._shape.width)
-        return super().attend(step)
 
 
 def _kind(decode: bool) -> type[Gates]:
