@@ -43,9 +43,12 @@ def test_generate_says_where_a_method_that_reads_little_differs(tiny_llama, type
 
 
 def test_generate_lists_methods_and_keeps_them(tiny_llama, typed, tmp_path):
-    listed = typed("generate", tiny_llama, *PROMPT, "--method", "list", "--json").json
+    listed = typed("generate", tiny_llama, "--method", "list", "--json").json
     assert {"dense", "snap_kv", "quantized_4"} <= {each["name"] for each in listed["methods"]}
-    assert "snap_kv" in typed("generate", tiny_llama, *PROMPT, "--method", "list").out
+    assert "snap_kv" in typed("generate", tiny_llama, "--method", "list").out
+    outcome = typed("generate", tiny_llama, "--method", "dense")
+    assert outcome.code == 2
+    assert "--prompt" in outcome.errors[0]
 
     folder = tmp_path / "method"
     first = typed("generate", tiny_llama, *PROMPT, "--method", "knorm", "--keys", "9", "--save", folder, "--json").json

@@ -23,9 +23,13 @@ _WRITING, _MACHINE = "Writing", "Machine and files"
 def generate(
     model: given.Model,
     prompt: Annotated[
-        list[str],
-        typer.Option(metavar="TEXT", help="What the model goes on from, or @FILE to read it; may be repeated."),
-    ],
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What the model goes on from, or @FILE to read it; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -74,6 +78,8 @@ def generate(
     if method == "list":
         _list(json)
         return
+    if not prompt:
+        raise InputError("--prompt: say what the model is to go on from, as a text or as @FILE")
     wanted = room.budget_of(budget, keys, "1/16")
     texts = [_text(each) for each in prompt]
     if saved is not None:

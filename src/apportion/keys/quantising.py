@@ -13,6 +13,7 @@ from torch import Tensor
 
 from apportion.errors import InputError
 from apportion.keys.stores import Growing
+from apportion.ops.packing import pack_codes, unpack_codes
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,11 @@ class Quantiser:
 
     def unpack(self, packed: UInt8[Tensor, "*shape"], scale: Tensor, zero: Tensor, channels: int) -> Tensor:
         """The numbers that `pack` stands for: ``[..., tokens, channels]``."""
-        codes = unpack_codes(packed, self.bits)
+        codes = unpack_codes(packed, self.bits, self.group or channels)
         if self.group:
             x = ((codes - zero.to(scale)) * scale).transpose(-1, -2)
             return x.flatten(-3, -2)
-        return (codes[..., :channels] - zero.to(scale)) * scale
+        return (codes - zero.to(scale)) * scale
 
     def _grouped(self, x: Tensor) -> Tensor:
         if not self.group:
@@ -97,22 +98,6 @@ def straight_through(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tenso
         inside = (codes >= 0) & (codes <= 2**bits - 1)
         read = (codes.clamp(0, 2**bits - 1) - zero) * scale
     return read + torch.where(inside, x - x.detach(), 0.0)
-
-
-def pack_codes(codes: UInt8[Tensor, "*batch count"], bits: int) -> UInt8[Tensor, "*batch bytes"]:
-    """Several codes in a byte, the first in its lowest bits; the last byte is filled up with zeros."""
-    each = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
-    return (codes << _shifts(bits, codes.device)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_codes(packed: UInt8[Tensor, "*batch bytes"], bits: int) -> UInt8[Tensor, "*batch count"]:
-    """All codes in some bytes, those that filled up the last one included."""
-    return ((packed[..., None] >> _shifts(bits, packed.device)) & (2**bits - 1)).flatten(-2)
-
-
-def _shifts(bits: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
 
 
 class CodeCache:

@@ -31,6 +31,7 @@ from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
 from apportion.keys.stores import Growing, Store, gather_tokens
 from apportion.models.key_memory import LayerFacts, LayerMemory, Step
+from apportion.ops.packing import pack_codes, unpack_codes
 
 
 @dataclass(eq=False)
@@ -188,7 +189,7 @@ def quantize(
     scales = ((most - least.to(most.dtype)) / (2**bits - 1)).clamp_min(1e-6).to(half)
     levels = (parts - least.to(parts.dtype).unsqueeze(dim)) / scales.to(parts.dtype).unsqueeze(dim)
     codes = levels.round().clamp(0, 2**bits - 1).to(torch.uint8).view(numbers.shape)
-    return _packed(codes, bits), scales, least
+    return pack_codes(codes, bits), scales, least
 
 
 def dequantize(
@@ -200,7 +201,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Float[Tensor, "batch groups tokens width"]:
     """The numbers that codes stand for; scales and least values are those of each token."""
-    levels = _unpacked(codes, bits, width).to(dtype)
+    levels = unpack_codes(codes, bits, width).to(dtype)
     columns = scales.shape[-1]
     parts = levels.view(*levels.shape[:-1], columns, width // columns)
     return (parts * scales[..., None].to(dtype) + least[..., None].to(dtype)).view(levels.shape)
@@ -212,18 +213,3 @@ def _grouped(numbers: Tensor, group: int, of_keys: bool) -> tuple[Tensor, int]:
         return numbers.reshape(batch, groups, tokens // group, group, width), 3
     group = group if width % group == 0 else width
     return numbers.reshape(batch, groups, tokens, width // group, group), 4
-
-
-def _packed(codes: UInt8[Tensor, "*rows width"], bits: int) -> UInt8[Tensor, "*rows packed"]:
-    a_byte = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % a_byte))
-    codes = codes.view(*codes.shape[:-1], -1, a_byte)
-    packed = codes[..., 0].clone()
-    for place in range(1, a_byte):
-        packed |= codes[..., place] << (bits * place)
-    return packed
-
-
-def _unpacked(packed: UInt8[Tensor, "*rows packed"], bits: int, width: int) -> UInt8[Tensor, "*rows width"]:
-    places = [(packed >> (bits * place)) & (2**bits - 1) for place in range(8 // bits)]
-    return torch.stack(places, dim=-1).flatten(-2)[..., :width]

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from apportion.ops.packing import pack_codes, unpack_codes
+
 
 def label_scores(
     queries: Float[Tensor, "batch heads new channels"], labels: Float[Tensor, "batch rows tokens channels"]
@@ -37,12 +39,7 @@ def pack_labels(
     step = high / (2**bits - 1) - low / (2**bits - 1)
     # A constant label has no step: its codes are 0, and its minimum says everything.
     codes = ((wide - low) / step.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(0, 2**bits - 1)
-    per_byte = 8 // bits
-    size = -(-labels.shape[-1] // per_byte)
-    filled = torch.nn.functional.pad(codes.to(torch.uint8), (0, size * per_byte - labels.shape[-1]))
-    filled = filled.view(*labels.shape[:-1], size, per_byte)
-    shifts = torch.arange(0, 8, bits, device=labels.device, dtype=torch.uint8)
-    return (filled << shifts).sum(-1, dtype=torch.uint8), torch.cat([low, step], dim=-1)
+    return pack_codes(codes.to(torch.uint8), bits), torch.cat([low, step], dim=-1)
 
 
 def unpack_labels(
@@ -52,8 +49,7 @@ def unpack_labels(
     channels: int,
 ) -> Float[Tensor, "batch rows tokens channels"]:
     """Labels again: minimum + step * code."""
-    shifts = torch.arange(0, 8, bits, device=codes.device, dtype=torch.uint8)
-    each = ((codes[..., None] >> shifts) & (2**bits - 1)).flatten(-2)[..., :channels]
+    each = unpack_codes(codes, bits, channels)
     labels: Tensor = ranges[..., :1] + ranges[..., 1:] * each.to(ranges.dtype)
     return labels
 
