@@ -26,7 +26,7 @@ def bench_cache(
     methods: Annotated[
         str,
         typer.Option(
-            help="Names with commas between; `apportion generate MODEL --prompt - --method list` shows all.",
+            help="Names with commas between; `apportion generate MODEL --method list` shows all.",
             rich_help_panel=room.METHOD,
         ),
     ] = "dense,oracle,sinks_and_recent,streaming_llm,snap_kv,quantized_4",
