@@ -18,7 +18,7 @@ from apportion.weights import (
     remove_masks,
     train_masked,
 )
-from apportion.weights.masks import mask_gradients, masked_layers, zero_pruned
+from apportion.weights.masks import mask_gradients, masked_layers, straight_through, zero_pruned
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -157,6 +157,18 @@ def test_counts_are_of_prunable_weights_and_of_all():
     assert (found.kept, found.prunable, found.parameters) == (36, 72, 83)
     assert found.sparsity == 0.5
     assert found.sparsity_of_all == 36 / 83
+
+
+def test_the_straight_through_gradient_is_dense_but_for_the_pull():
+    generator = torch.Generator().manual_seed(0)
+    raw, upstream = (torch.randn(4, 6, generator=generator) for _ in range(2))
+    raw.requires_grad_()
+    mask = raw.detach() > 0
+    for share, pull in ((0.0, 0.0), (0.3, 0.0), (0.0, 0.5), (0.3, 0.5)):
+        weight = straight_through(raw, mask, share, pull)
+        assert torch.equal(weight, torch.where(mask, raw, share * raw))
+        (gradient,) = torch.autograd.grad(weight, raw, upstream)
+        assert torch.equal(gradient, upstream + pull * torch.where(mask, 0, raw.detach()))
 
 
 class Recorder(Hook):

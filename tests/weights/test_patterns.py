@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apportion.allocate import NofM
 from apportion.errors import InputError
 from apportion.weights import BlockPattern, NofMPattern, Unstructured, choose_masks, parse_pattern
 from apportion.weights.patterns import kept_of
@@ -58,6 +59,21 @@ def test_n_of_m_beats_every_other_choice_in_every_group(rows, groups, pattern, s
         assert int(kept.sum()) == n
         best = max(sum(float(values[i]) for i in chosen) for chosen in itertools.combinations(range(m), n))
         assert math.isclose(float(values[kept].sum()), best, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 4), (7, 8), (8, 8), (1, 16), (5, 16), (15, 16)])
+def test_n_of_m_is_what_the_rule_allocates(n, m, ties):
+    scores = scores_of(7, 3 * m, n, ties)
+    won = NofM(n, m)(scores).col_indices.view(7, -1)
+    assert torch.equal(
+        NofMPattern(n, m).keep(scores), torch.zeros(scores.shape, dtype=torch.bool).scatter(1, won, True)
+    )
+
+
+def test_of_equal_weights_the_first_of_a_group_stay():
+    for m, n in itertools.product((4, 16), (1, 3)):
+        assert NofMPattern(n, m).keep(torch.ones(1, m)).tolist() == [[True] * n + [False] * (m - n)]
 
 
 def test_blocks_go_together_by_their_sum():
@@ -126,3 +142,5 @@ def test_a_pattern_that_does_not_divide_a_layer_names_it(pattern, message):
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match=r"scores\[0, 1\] is nan"):
         Unstructured(0.5).keep(torch.tensor([[1.0, float("nan")]]))
+    with pytest.raises(ValueError, match=r"scores\[0, 1\] is nan"):
+        NofMPattern(1, 2).keep(torch.tensor([[1.0, float("nan")]]))

@@ -59,7 +59,7 @@ class WeightLayer:
         """A matrix back in the weight's own shape."""
         if _is_transposed(self.module):
             return matrix.T
-        shape = self.weight.shape
+        shape = self.parameter.shape  # not the weight's, which may be about to be made from this
         if len(shape) > 2:
             return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
         return matrix

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -49,20 +49,45 @@ class Mask(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         """The masked weight."""
         if self.dense_gradient:
-            return _MaskedForward.apply(raw, self.mask)
-        return torch.where(self.mask, raw, 0)
+            return straight_through(raw, self.mask)
+        return masked(raw, self.mask)
 
 
-class _MaskedForward(torch.autograd.Function):
-    """Masks forward; backward the gradient passes as if there were no mask."""
-
-    @staticmethod
-    def forward(ctx: Any, raw: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, raw, 0)
+class _StraightThrough(torch.autograd.Function):
+    """Masks forward; backward the gradient passes as if there were no mask, and pruned weights are pulled towards 0."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def forward(ctx: Any, raw: Tensor, mask: Tensor, share: float, pull: float) -> Tensor:
+        ctx.pull = pull
+        if pull:
+            ctx.save_for_backward(raw, mask)
+        return masked(raw, mask, share)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.pull:
+            raw, mask = ctx.saved_tensors
+            gradient = gradient + ctx.pull * masked(raw, ~mask)
+        return gradient, None, None, None
+
+
+def masked(raw: Float[Tensor, "..."], mask: Bool[Tensor, "..."], share: float = 0.0) -> Float[Tensor, "..."]:
+    """The weight where the mask holds, and a share of it elsewhere: exactly 0 by default, even of infinite weights."""
+    return torch.where(mask, raw, raw * share if share else 0)
+
+
+def straight_through(
+    raw: Float[Tensor, "..."], mask: Bool[Tensor, "..."], share: float = 0.0, pull: float = 0.0
+) -> Float[Tensor, "..."]:
+    """`masked`, with a gradient that passes as if there were no mask.
+
+    Args:
+        raw: the dense weight.
+        mask: True for weights that stay.
+        share: of the other weights that is still used.
+        pull: SR-STE's lambda: this share of each pruned raw weight is added to its gradient.
+    """
+    return _StraightThrough.apply(raw, mask, share, pull)
 
 
 def add_masks(network: nn.Module, masks: Mapping[str, Bool[Tensor, "out in"]], *, dense_gradient: bool = False) -> None:
