@@ -218,6 +218,12 @@ def test_a_network_with_masks_can_be_copied():
     x = batch(0)[0]
     assert torch.equal(net(x), twin(x))
     assert float(masked_layers(net)[0].parameter.count_nonzero()) == 48
+    before = net(x)
+    remove_masks(twin)
+    assert type(twin[0]) is nn.Linear
+    assert torch.equal(net(x), before), "the other still has its masks"
+    remove_masks(net)
+    assert torch.equal(net(x), before)
 
 
 @pytest.mark.parametrize(

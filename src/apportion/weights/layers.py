@@ -10,6 +10,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from apportion.errors import InputError
+from apportion.weights.patterns import NofMPattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,24 @@ class WeightLayer:
         if len(shape) > 2:
             return matrix.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
         return matrix
+
+    @property
+    def summed_over(self) -> dict[str, int]:
+        """How many terms at one place of the kernel the forward product sums (``in``), and the backward one (``out``).
+
+        In a convolution of several groups these are the channels of one group.
+        """
+        outputs, inputs = self.to_matrix(self.parameter).shape if self.parameter.ndim == 2 else self.parameter.shape[:2]
+        return {"in": inputs, "out": outputs // getattr(self.module, "groups", 1)}
+
+    def check_groups(self, pattern: NofMPattern) -> None:
+        """Refuse an N:M pattern whose groups would lie across places of the kernel, or across groups of channels.
+
+        Raises:
+            InputError: names the layer and the dimension.
+        """
+        size = self.summed_over[pattern.dim]
+        pattern.check((size, size), self.name)
 
     @torch.no_grad()
     def set_matrix(self, matrix: Float[Tensor, "out in"]) -> None:

@@ -161,7 +161,17 @@ def masks_from_zeros(network: nn.Module, layers: Sequence[WeightLayer], minimum:
 def remove_masks(network: nn.Module) -> None:
     """Turn masked layers into plain ones, whose weights are exactly 0 where they were pruned."""
     for layer in masked_layers(network):
-        parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
+        make_plain(layer.module)
+
+
+@torch.no_grad()
+def make_plain(module: nn.Module) -> None:
+    """Leave a module its weight as it is now, and no parametrisation of it."""
+    # torch takes the weight's property off a class that copies of the module share: give this one a class of its own.
+    kind = type(module)
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, own)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
 @torch.no_grad()
