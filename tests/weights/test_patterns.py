@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from apportion.allocate import NofM
 from apportion.errors import InputError
 from apportion.weights import BlockPattern, NofMPattern, Unstructured, choose_masks, parse_pattern
-from apportion.weights.patterns import kept_of
+from apportion.weights.patterns import keep_best, kept_of
 
 
 def scores_of(rows: int, columns: int, seed: int, ties: bool) -> torch.Tensor:
@@ -144,3 +144,13 @@ def test_scores_that_are_not_finite_are_refused():
         Unstructured(0.5).keep(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(ValueError, match=r"scores\[0, 1\] is nan"):
         NofMPattern(1, 2).keep(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_a_count_is_kept_to_the_weight():
+    scores = scores_of(5, 7, 0, ties=True)
+    for count in (0, 1, 17, 35):
+        mask = keep_best(scores, count)
+        assert int(mask.sum()) == count
+        assert scores[mask].sum() == scores.flatten().sort(descending=True).values[:count].sum()
+    with pytest.raises(InputError, match="count=36"):
+        keep_best(scores, 36)

@@ -145,10 +145,15 @@ def prunable(
     return found
 
 
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module multiplies what it is given with a weight: linear layers and convolutions of all kinds."""
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd) or _is_transposed(module)
+
+
 def _can_be_pruned(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.conv._ConvNd):
         return not module.transposed and not module.groups == module.in_channels > 1
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    return has_matrix(module)
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -125,12 +125,20 @@ def add_masks(network: nn.Module, masks: Mapping[str, Bool[Tensor, "out in"]], *
 
 def masks_of(network: nn.Module) -> dict[str, Bool[Tensor, "out in"]]:
     """The masks of all masked layers, as matrices, by the layers' names."""
-    return {each.name: each.to_matrix(_held(each).mask) for each in masked_layers(network)}
+    return {each.name: each.to_matrix(held_mask(each).mask) for each in masked_layers(network)}
 
 
 def masked_layers(network: nn.Module) -> list[WeightLayer]:
     """The layers that have a mask, first to last."""
     return [WeightLayer(name, each) for name, each in network.named_modules() if _mask_of(each) is not None]
+
+
+def held_mask(layer: WeightLayer) -> Mask:
+    """The parametrisation of a masked layer: its mask in the weight's own shape, and whether gradients pass it."""
+    mask = _mask_of(layer.module)
+    if mask is None:
+        raise InputError(f"{layer.name} has no mask: give it one with `add_masks`")
+    return mask
 
 
 def masks_from_zeros(network: nn.Module, layers: Sequence[WeightLayer], minimum: float = 0.1) -> dict[str, Tensor]:
@@ -178,7 +186,7 @@ def make_plain(module: nn.Module) -> None:
 def zero_pruned(network: nn.Module) -> None:
     """Set pruned raw weights to 0: they do not come back when another mask is chosen."""
     for layer in masked_layers(network):
-        layer.parameter.masked_fill_(~_held(layer).mask, 0)
+        layer.parameter.masked_fill_(~held_mask(layer).mask, 0)
 
 
 @dataclass(frozen=True)
@@ -311,7 +319,7 @@ def train_masked(
 
 
 def _parameters(network: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-    return [(layer.parameter, _held(layer).mask) for layer in masked_layers(network)]
+    return [(layer.parameter, held_mask(layer).mask) for layer in masked_layers(network)]
 
 
 def _mask_of(module: nn.Module) -> Mask | None:
@@ -319,9 +327,3 @@ def _mask_of(module: nn.Module) -> Mask | None:
     if parametrizations is None or "weight" not in parametrizations:
         return None
     return next((each for each in parametrizations["weight"] if isinstance(each, Mask)), None)
-
-
-def _held(layer: WeightLayer) -> Mask:
-    mask = _mask_of(layer.module)
-    assert mask is not None  # only masked layers come here
-    return mask

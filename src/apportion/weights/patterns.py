@@ -27,6 +27,20 @@ def kept_of(candidates: int, sparsity: float) -> int:
     return max(1, round((1 - sparsity) * candidates))
 
 
+def keep_best(scores: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out in"]:
+    """The mask of exactly ``count`` weights of a layer: those with the largest scores.
+
+    Raises:
+        InputError: there are not so many.
+        ValueError: a score is not finite.
+    """
+    check_scores(scores)
+    rows, columns = scores.shape
+    if not 0 <= count <= rows * columns:
+        raise InputError(f"count={count}: a layer of {rows} x {columns} weights can keep 0 to {rows * columns}")
+    return _mask(*select_total(scores, count), (rows, columns))
+
+
 class Pattern(ABC):
     """Says which weights of a layer stay, given a score for each."""
 
@@ -83,12 +97,11 @@ class Unstructured(Pattern):
 
     def keep(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         """The best of each row, or of the matrix (which is all there is of a network, where the scope is global)."""
-        check_scores(scores)
         rows, columns = scores.shape
-        if self.scope == "row":
-            crow, col = select_rows(scores, kept_of(columns, self.sparsity))
-        else:
-            crow, col = select_total(scores, kept_of(rows * columns, self.sparsity))
+        if self.scope != "row":
+            return keep_best(scores, kept_of(rows * columns, self.sparsity))
+        check_scores(scores)
+        crow, col = select_rows(scores, kept_of(columns, self.sparsity))
         return _mask(crow, col, (rows, columns))
 
     def __str__(self) -> str:
