@@ -136,6 +136,10 @@ def masks_from_zeros(network: nn.Module, layers: Sequence[WeightLayer], minimum:
 def remove_masks(network: nn.Module) -> None:
     """Turn masked layers into plain ones, whose weights are exactly 0 where they were pruned."""
     for layer in masked_layers(network):
+        # torch removes ``weight`` from the module's class, which copies of the module share with it.
+        shared = type(layer.module)
+        own = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+        layer.module.__class__ = type(shared.__name__, shared.__bases__, own)
         parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
 
 
