@@ -76,8 +76,15 @@ class _Size:
     batch: int
     sparsities: tuple[float, ...]
     updates: int = 20  # in the first half of the second half
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     tuning_seeds: int = 1
+    random: bool = False  # also masks drawn by chance
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Those that are trained, each at its own learning rate."""
+        trained = (DENSE, RETRAINED, LINEAR, CUBIC, THIN, THIN_BYTES)
+        return (*trained, RANDOM) if self.random else trained
 
     @property
     def sign(self) -> int:
@@ -94,17 +101,17 @@ class _Size:
         }
 
 
-_DIGITS = _Size("digits", "accuracy", width=128, steps=1000, batch=64, sparsities=(0.9, 0.95))
+_DIGITS = _Size("digits", "accuracy", width=128, steps=1000, batch=64, sparsities=(0.95,))
 _CHARACTERS = _Size("characters", "bits per character", width=256, steps=1000, batch=128, sparsities=(0.95,))
 _SIZES: dict[Scale, tuple[_Size, ...]] = {
     "smoke": (
-        replace(_DIGITS, steps=40, updates=5, width=64, sparsities=(0.9,), rates=(3e-3,)),
-        replace(_CHARACTERS, steps=40, updates=5, width=64, sparsities=(0.9,), rates=(3e-3,)),
+        replace(_DIGITS, steps=40, updates=5, width=64, sparsities=(0.9,), rates=(3e-3,), random=True),
+        replace(_CHARACTERS, steps=40, updates=5, width=64, sparsities=(0.9,), rates=(3e-3,), random=True),
     ),
     "default": (_DIGITS, _CHARACTERS),
     "long": (
-        replace(_DIGITS, sparsities=(0.8, 0.9, 0.95, 0.98), tuning_seeds=3),
-        replace(_CHARACTERS, steps=4000, batch=256, sparsities=(0.8, 0.9, 0.95, 0.98), tuning_seeds=2),
+        replace(_DIGITS, sparsities=(0.8, 0.9, 0.95, 0.98), tuning_seeds=3, random=True),
+        replace(_CHARACTERS, steps=4000, batch=256, sparsities=(0.9, 0.95, 0.98), tuning_seeds=2, random=True),
     ),
 }
 _SIZES["gpu"] = (_SIZES["long"][0], replace(_SIZES["long"][1], width=1024, steps=8000))
@@ -183,7 +190,7 @@ class _Experiment:
         """The learning rate of each arm, by validation with seeds of its own."""
         size, chosen = self.size, {}
         seeds = [_TUNING_SEED + place for place in range(size.tuning_seeds)]
-        for arm in (DENSE, RETRAINED, LINEAR, CUBIC, RANDOM, THIN, THIN_BYTES):
+        for arm in size.arms:
             scores = {
                 rate: sum(self.measure(arm, sparsity, rate, seed)[arm]["validation"] for seed in seeds)
                 for rate in size.rates
@@ -278,8 +285,8 @@ def _claims(sizes: Sequence[_Size], measured: Measured) -> list[Comparison]:
                 (CUBIC, THIN_BYTES, hardest),
                 (CUBIC, LINEAR, hardest and size.name == "digits"),
                 (CUBIC, RETRAINED, False),
-                (CUBIC, RANDOM, False),
                 (RETRAINED, AT_ONCE, False),
+                *([(CUBIC, RANDOM, False)] if size.random else []),
             ):
                 mine, theirs = (measured[f"{_condition(size, sparsity)}: {each}"][size.metric] for each in (arm, other))
                 margins = [size.sign * (a - b) for a, b in zip(mine, theirs, strict=True)]
@@ -294,12 +301,14 @@ def _notes(sizes: Sequence[_Size], chosen: dict[str, dict[str, float]]) -> list[
         "networks of equal nonzeros and of equal bytes, and on digits against a linear schedule.",
         "Nonzeros count every parameter (biases, norms, embedding); kB is the smallest of dense, bit mask and CSR with "
         "the narrowest indices that fit, values in float32. Head pruned, embedding not.",
+        "A first run had learning rates of 1e-3, 3e-3 and 1e-2: no arm chose the first and most chose the last, so the "
+        "grid moved up for all of them. It also had digits at 90 % and random masks, which are left to `long`.",
     ]
     for size in sizes:
         notes.append(
             f"{size.name}: width {size.width}, {size.steps} steps and as many more, Adam, batches of {size.batch}, "
             f"{size.updates} updates of the mask in the first half of the second {size.steps} steps, the learning rate "
-            f"falls in their last quarter. Thin networks and random masks train {2 * size.steps} steps in one go. "
+            f"falls in their last quarter. Thin networks (and random masks) train {2 * size.steps} steps in one go. "
             f"Learning rates from {list(size.rates)} by validation on {size.tuning_seeds} seed(s) not used otherwise."
         )
     for condition, rates in chosen.items():

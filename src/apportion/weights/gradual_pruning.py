@@ -20,13 +20,12 @@ code keeps every weight at the threshold), and ``regrow="zero"``, as TensorFlow'
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from apportion.errors import InputError
@@ -147,28 +146,17 @@ class GradualPruning(Hook[nn.Module]):
             self.choose(module, done)
         metrics["sparsity"] = self._sparsity
 
-    @torch.no_grad()
     def choose(self, network: nn.Module, step: int) -> None:
         """Choose the masks of a step, by the magnitude of what the network holds now."""
+        settings = self.settings
         layers = [WeightLayer(name, network.get_submodule(name)) for name in self.names]
-        masks = masks_of(network)
-        scores = {each.name: self._scores(each, masks[each.name]) for each in layers}
-        if self.settings.order == "together":
-            add_masks(network, choose_masks(scores, self.settings.pattern(self.settings.schedule.at(step))))
+        if settings.order == "together":
+            prune_by_magnitude(network, layers, settings.pattern(settings.schedule.at(step)), settings.regrow)
         else:
-            for place, (name, score) in enumerate(scores.items()):
-                sparsity = self.settings.schedule.at(self._own_step(step, place))
-                add_masks(network, choose_masks({name: score}, self.settings.pattern(sparsity)))
-        if self.settings.regrow == "zero":
-            zero_pruned(network)
+            for place, layer in enumerate(layers):
+                sparsity = settings.schedule.at(self._own_step(step, place))
+                prune_by_magnitude(network, [layer], settings.pattern(sparsity), settings.regrow)
         self._sparsity = self._sparsity_of(network)
-
-    def _scores(self, layer: WeightLayer, mask: Tensor) -> Float[Tensor, "out in"]:
-        raw = layer.to_matrix(layer.parameter).abs()
-        if self.settings.regrow == "frozen":
-            return raw
-        # Below every magnitude, so that not even a weight of exactly 0 loses its place to one that is gone.
-        return torch.where(mask, raw, -1)
 
     def _own_step(self, step: int, place: int) -> float:
         """What step it is for a layer that is pruned in its own part of the time."""
@@ -181,6 +169,32 @@ class GradualPruning(Hook[nn.Module]):
     def _sparsity_of(self, network: nn.Module) -> float:
         masks = [mask for name, mask in masks_of(network).items() if name in self.names]
         return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+@torch.no_grad()
+def prune_by_magnitude(
+    network: nn.Module, layers: Sequence[WeightLayer], pattern: Pattern, regrow: Regrow = "zero"
+) -> None:
+    """Give layers masks that keep the weights of largest magnitude, among those that their masks have left them.
+
+    Args:
+        network: that holds the layers.
+        layers: to prune, with masks or without.
+        pattern: what the masks look like; its sparsity is of all weights, not of those that are left.
+        regrow: ``zero``: what was pruned stays so, unless the pattern asks for more weights than are left, and is set
+            to 0; ``frozen``: it competes again with the value that it has.
+    """
+    held = masks_of(network)
+    scores = {}
+    for each in layers:
+        raw = each.to_matrix(each.parameter).abs()
+        if regrow == "zero" and each.name in held:
+            # Below every magnitude, so that not even a weight of exactly 0 loses its place to one that is gone.
+            raw = torch.where(held[each.name], raw, -1)
+        scores[each.name] = raw
+    add_masks(network, choose_masks(scores, pattern))
+    if regrow == "zero":
+        zero_pruned(network)
 
 
 def prune_gradually(
