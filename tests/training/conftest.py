@@ -53,7 +53,7 @@ def run(folder: Path | None, *, module: nn.Module | None = None, stop_after: int
     from apportion.training import train
 
     module = Regressor() if module is None else module
-    given = {name: changes.pop(name) for name in ("hooks", "optimizer", "provenance") if name in changes}
+    given = {name: changes.pop(name) for name in ("hooks", "optimizer", "provenance", "schedule") if name in changes}
     objective = changes.pop("objective", squared_error)
     batches = changes.pop("batches", batch_of)
     result = train(

@@ -293,3 +293,11 @@ def test_every_step_asks_for_its_batch_once(run, batches):
 
     run(None, batches=watched)
     assert asked == list(range(20))
+
+
+def test_a_schedule_of_ones_own_takes_the_place_of_the_settings(run):
+    def rising(step: int, steps: int) -> float:
+        return (step + 1) / steps
+
+    _, result = run(None, steps=4, log_every=1, learning_rate=0.5, warmup_fraction=0.5, schedule=rising)
+    assert [each["learning_rate"] for each in result.history] == [0.125, 0.25, 0.375, 0.5]

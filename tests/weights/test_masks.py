@@ -226,6 +226,16 @@ def test_a_network_with_masks_can_be_copied():
     assert torch.equal(net(x), before)
 
 
+def test_taking_masks_off_a_copy_leaves_the_other_alone():
+    net = network()
+    masks = halved(net)
+    twin = copy.deepcopy(net)
+    remove_masks(twin)
+    assert type(twin[0]) is nn.Linear
+    assert masks_of(net).keys() == masks.keys()
+    assert torch.equal(net[0].weight, twin[0].weight)
+
+
 @pytest.mark.parametrize(
     ("masks", "message"),
     [({"9": torch.ones(2, 2, dtype=torch.bool)}, "no layer '9'"), ({"0": torch.ones(2, 2, dtype=torch.bool)}, "shape")],

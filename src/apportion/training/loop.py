@@ -28,6 +28,9 @@ from apportion.training.settings import TrainingSettings
 Metrics: TypeAlias = Mapping[str, int | float | Tensor]
 """Values to log by name; scalar tensors are read back from the device on logged steps only."""
 
+LearningRateSchedule: TypeAlias = Callable[[int, int], float]
+"""The factor on the peak learning rate at a step (0-based) of a run of so many steps."""
+
 Module = TypeVar("Module", bound=nn.Module)
 Batch = TypeVar("Batch")
 _Module = TypeVar("_Module", bound=nn.Module, contravariant=True)
@@ -84,6 +87,7 @@ def train(
     *,
     hooks: Sequence[Hook[Module]] = (),
     optimizer: OptimizerFactory | None = None,
+    schedule: LearningRateSchedule | None = None,
     provenance: Mapping[str, str | int | float | bool | None] | None = None,
     progress: bool = True,
     stop_after: int | None = None,
@@ -102,6 +106,9 @@ def train(
         hooks: called around every optimiser step, in order.
         optimizer: makes an optimiser of the trainable parameters; Adam of the settings if None. The schedule scales
             the learning rate of each of its parameter groups.
+        schedule: another factor on the peak learning rate than the settings' warm-up, plateau and decay, as a function
+            of the step (0-based) and the steps of the run. It is not compared when a run is resumed: name it in the
+            provenance.
         provenance: what else decides the weights (data, model, rule); a checkpoint with another one is refused.
         progress: show progress on stderr.
         stop_after: pause, with a checkpoint, once this many steps of the run are done.
@@ -128,7 +135,7 @@ def train(
         )
         # Without a folder there is nothing to save, so Ctrl-C need not wait.
         interrupts = stack.enter_context(held_interrupts()) if folder is not None else Interrupts()
-        steps = _Steps(run, objective, hooks)
+        steps = _Steps(run, objective, hooks, schedule or _as_set(settings))
         last = settings.steps if stop_after is None else min(stop_after, settings.steps)
         while run.steps_done < last:
             steps.take(batches(run.steps_done))
@@ -155,20 +162,20 @@ def train(
 class _Steps:
     """Takes the steps of a run and remembers what the last one gave."""
 
-    def __init__(self, run: Run, objective: Objective[Any, Any], hooks: Sequence[Hook[Any]]) -> None:
+    def __init__(
+        self, run: Run, objective: Objective[Any, Any], hooks: Sequence[Hook[Any]], schedule: LearningRateSchedule
+    ) -> None:
         self._run = run
         self._objective = objective
         self._hooks = hooks
+        self._schedule = schedule
         self._non_finite = FirstNonFinite(run.device)
         self._metrics: dict[str, int | float | Tensor] = {}
 
     def take(self, batch: Any) -> None:
         """One step: loss, gradients, hooks, clipping, optimiser."""
         run, step, module = self._run, self._run.steps_done, self._run.module
-        factor = learning_rate_factor(
-            step, run.settings.steps, run.settings.warmup_fraction, run.settings.decay_fraction
-        )
-        set_learning_rate(run.optimizer, run.peak_learning_rates, factor)
+        set_learning_rate(run.optimizer, run.peak_learning_rates, self._schedule(step, run.settings.steps))
         # Before the forward pass, which then need not find room beside the gradients of the last step.
         run.optimizer.zero_grad(set_to_none=True)
         loss, metrics = self._loss(_to_device(batch, run.device))
@@ -218,6 +225,10 @@ class _Steps:
         if reserved:
             raise ValueError(f"the objective returned metrics named {reserved}, which the log already has: rename them")
         return loss, metrics
+
+
+def _as_set(settings: TrainingSettings) -> LearningRateSchedule:
+    return lambda step, steps: learning_rate_factor(step, steps, settings.warmup_fraction, settings.decay_fraction)
 
 
 def _number(name: str, value: int | float | Tensor) -> int | float:
