@@ -1,5 +1,7 @@
 """The study of SquareHead: what counts, and one run of all of it on little."""
 
+from pydoc_data.topics import topics
+
 import pytest
 
 from apportion.data import Document
@@ -21,10 +23,7 @@ def test_the_smoke_run_measures_everything() -> None:
 
 
 def test_the_language_part_is_measured_and_counts(tiny_llama, monkeypatch):
-    texts = [
-        Document(f"file{file}", "".join(f"def f{file}(x): return x + {line}\n" for line in range(30)))
-        for file in range(20)
-    ]
+    texts = [Document(name, text) for name, text in sorted(topics.items()) if len(text) > 2000][:20]
     monkeypatch.setattr(squarehead, "corpus", lambda name: texts)
     size = squarehead._LanguageSize(model=str(tiny_llama), steps=3, batch=2, context=16, held_out=3, rates=(1e-3, 3e-3))
     trial = squarehead._LanguageTrial(size, Workbench())
