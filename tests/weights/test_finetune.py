@@ -11,6 +11,7 @@ from apportion.models import LanguageModel, load
 from apportion.models.saving import save_model
 from apportion.training import Hook
 from apportion.weights import Unstructured, add_masks, choose_masks, prunable
+from apportion.weights import finetune as finetune_module
 from apportion.weights.finetune import (
     Contexts,
     FinetuneSettings,
@@ -213,8 +214,23 @@ def test_no_file_is_in_both_parts_of_the_text(tiny_llama):
 
     assert characters(found.held_out) == {"a", "k"}
     assert characters(found.train) == set("bcdefghijl")
+    # A first document that has more than enough is not all that is read.
+    few = read_contexts(lm, documents, context=8, train=1, held_out=1)
+    assert characters(few.held_out) == {"a"}
+    assert characters(few.train) == {"b"}
     one = [Document(f"book (part {number})" if number > 1 else "book", "some words " * 40) for number in range(1, 4)]
     assert len(read_contexts(lm, one, context=8, train=5, held_out=3).train) == 5
+
+
+def test_a_book_is_not_read_to_its_end(tiny_llama, monkeypatch):
+    def book():
+        for part in range(1, 100):
+            yield Document(f"book (part {part})", "some words " * 40)
+        raise AssertionError("read on")
+
+    monkeypatch.setattr(finetune_module, "_LONG_FILE", 5000)
+    found = read_contexts(load(tiny_llama), book(), context=8, train=5, held_out=3)
+    assert (len(found.train), len(found.held_out)) == (5, 3)
 
 
 def test_learning_rates_rise_and_fall_as_the_paper_has_them():

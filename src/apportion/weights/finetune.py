@@ -43,6 +43,7 @@ from apportion.weights.squarehead import Distillation, DistillationObjective, Se
 # Characters read for each token that is wanted: code has 3 to a token, English 4 to 5.
 _CHARACTERS_PER_TOKEN = 6
 _HELD_OUT_OF = 10
+_LONG_FILE = 4_000_000  # characters
 _NO_ANSWER = -100
 _EVALUATED_AT_ONCE = 4
 
@@ -103,31 +104,41 @@ def read_contexts(
     for name, value, least in (("context", context, 2), ("train", train, 1), ("held_out", held_out, 1)):
         if value < least:
             raise InputError(f"{name}={value}: use at least {least}")
-    read, enough = [], _CHARACTERS_PER_TOKEN * context * max(train * _HELD_OUT_OF / (_HELD_OUT_OF - 1), held_out * 10)
-    for document in documents:
-        read.append(document)
-        enough -= len(document.text)
-        if enough <= 0:
-            break
-    kept, judged = _split(read)
-    parts = [text_contexts(part, lm.tokenizer, context, count) for part, count in ((kept, train), (judged, held_out))]
+    needed = [_CHARACTERS_PER_TOKEN * context * count for count in (train, held_out)]
+    texts = _read_apart(documents, needed)
+    parts = [
+        text_contexts(part, lm.tokenizer, context, count) for part, count in zip(texts, (train, held_out), strict=True)
+    ]
     if not all(len(part) for part in parts):
         raise InputError(
-            f"the text is too short: {len(read)} documents give {len(parts[0])} rows of {context} tokens to learn from "
-            f"and {len(parts[1])} to judge on, where one of each is needed; give more text, or a smaller context"
+            f"the text is too short: {sum(map(len, texts))} documents give {len(parts[0])} rows of {context} tokens to "
+            f"learn from and {len(parts[1])} to judge on, where one of each is needed; give more text, or a smaller "
+            "context"
         )
     return Contexts(*(torch.from_numpy(part.astype(np.int64)) for part in parts))
 
 
-def _split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    files = [each.name.partition(" (part ")[0] for each in documents]
-    units = files if len(set(files)) > 1 else [each.name for each in documents]
-    number = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
-    judged = [number[unit] % _HELD_OUT_OF == 0 for unit in units]
-    return (
-        [document for document, held in zip(documents, judged, strict=True) if not held],
-        [document for document, held in zip(documents, judged, strict=True) if held],
-    )
+def _read_apart(documents: Iterable[Document], needed: Sequence[int]) -> tuple[list[Document], list[Document]]:
+    """Documents to learn from and to judge on, read until there are so many characters of each."""
+    by_file: tuple[list[Document], list[Document]] = ([], [])
+    by_part: tuple[list[Document], list[Document]] = ([], [])
+    of_file, of_part, files = [0, 0], [0, 0], dict[str, int]()
+    for place, document in enumerate(documents):
+        file = files.setdefault(document.name.partition(" (part ")[0], len(files))
+        for number, lists, amounts in ((file, by_file, of_file), (place, by_part, of_part)):
+            judged = number % _HELD_OUT_OF == 0
+            lists[judged].append(document)
+            amounts[judged] += len(document.text)
+        if len(files) > 1:
+            enough = all(amount >= least for amount, least in zip(of_file, needed, strict=True))
+        else:
+            # Another file may yet come, but a book need not be read to its end.
+            enough = sum(of_part) > _LONG_FILE and all(
+                amount >= least for amount, least in zip(of_part, needed, strict=True)
+            )
+        if enough:
+            break
+    return by_file if len(files) > 1 else by_part
 
 
 @torch.no_grad()
