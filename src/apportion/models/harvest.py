@@ -216,6 +216,20 @@ def join_parts(folder: Path | str, documents: Iterable[Document]) -> ActivationS
     return ActivationStore.open(folder)
 
 
+def text_contexts(
+    documents: Iterable[Document], tokenizer: Any, context: int, count: int
+) -> Int32[np.ndarray, "contexts context"]:
+    """The first contexts of some text, laid out as `harvest` lays it out; fewer where the text ends.
+
+    Args:
+        documents: in order.
+        tokenizer: of the model that is to read them.
+        context: tokens per context.
+        count: contexts wanted.
+    """
+    return _ContextStream(documents, tokenizer, context).take(count).token_ids
+
+
 def _joined(folder: Path, manifests: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     """The manifest of the whole."""
     first_path, first = next(iter(manifests.items()))
