@@ -2,27 +2,23 @@
 
 The three uses of the paper::
 
-    replace_linears(model, "mlp", project=False)     # from scratch: other layers in the same places
-    replace_linears(model, "mlp")                    # dense to sparse: project, then finetune
-    densify(model, optimizer)                        # sparse to dense: train on with dense matrices
+    replace_linears(model, ["*.mlp.*"], project=False)  # from scratch: other layers in the same places
+    replace_linears(model, ["*.mlp.*"])                 # dense to sparse: project, then finetune
+    densify(model, optimizer)                           # sparse to dense: train on with dense matrices
 
-Any `torch.nn.Module` will do, a transformers model too. Only layers of the very class `torch.nn.Linear` are replaced:
-what a subclass does with its weight, nobody knows. (GPT-2's ``Conv1D`` is no such layer.)
+Any `torch.nn.Module` will do, a transformers model too. Replaced are layers of the very class `torch.nn.Linear`, and
+GPT-2's ``Conv1D``; what a subclass does with its weight, nobody knows.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apportion.errors import InputError
+from apportion.weights.layers import WeightLayer, prunable
 from apportion.weights.monarch import MonarchLinear
-
-Where: TypeAlias = str | Callable[[str, nn.Linear], bool]
-"""Which layers: a regular expression that is found in a layer's name, or a function of name and layer."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +39,10 @@ class Replaced:
 
 
 def replace_linears(
-    module: nn.Module,
-    where: Where,
+    network: nn.Module,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    where: Callable[[str, nn.Module], bool] | None = None,
     *,
     nblocks: int = 4,
     rank: int | None = None,
@@ -58,36 +56,45 @@ def replace_linears(
     blocks across their parts; split them first.
 
     Args:
-        module: is changed.
-        where: which layers.
+        network: is changed.
+        include: patterns of the layers' names, see `prunable`.
+        exclude: patterns to leave out again.
+        where: instead or besides, a function of name and module.
         nblocks: see `MonarchShape.of`.
         rank: see `MonarchShape.of`.
         project: take the nearest Monarch matrix and the bias; otherwise draw both anew.
         match_linear: of layers drawn anew, see `MonarchLinear`.
 
     Raises:
-        InputError: nothing fits ``where``; a layer's weight is tied to another layer's; a shape that cannot be.
+        InputError: no layer is left; a layer's weight is also another's; a shape that cannot be.
     """
-    chosen = _chosen(module, where)
+    if _replaceable(network):
+        raise InputError("network is a linear layer itself, which has no place to put another in: use from_linear")
+
+    def fits(name: str, module: nn.Module) -> bool:
+        return _replaceable(module) and (where is None or where(name, module))
+
     made: dict[nn.Module, nn.Module] = {}
     found = []
-    for name, linear in chosen.items():
+    for layer in prunable(network, include, exclude, fits):
+        _require_alone(network, layer)
+        bias = layer.module.bias
+        assert bias is None or isinstance(bias, Tensor)
         try:
-            layer = (
-                MonarchLinear.from_linear(linear, nblocks=nblocks, rank=rank)
-                if project
-                else _drawn_anew(linear, nblocks=nblocks, rank=rank, match_linear=match_linear)
-            )
+            if project:
+                new = MonarchLinear.from_dense(layer.matrix(), bias, nblocks=nblocks, rank=rank)
+            else:
+                new = _drawn_anew(layer.matrix(), bias, nblocks, rank, match_linear)
         except InputError as error:
-            raise InputError(f"layer {name}: {error}") from None
-        made[linear] = layer
-        relative = _relative_error(linear, layer) if project else None
-        found.append(Replaced(name, linear.weight.numel(), layer.shape.parameters, relative))
-    _exchange(module, made)
+            raise InputError(f"layer {layer.name}: {error}") from None
+        made[layer.module] = new.trained_like(layer.weight, bias).train(layer.module.training)
+        error_left = _relative_error(layer.matrix(), new) if project else None
+        found.append(Replaced(layer.name, layer.weight.numel(), new.shape.parameters, error_left))
+    _exchange(network, made)
     return found
 
 
-def densify(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
+def densify(network: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
     """Put a dense layer of the same function in place of every Monarch layer, in place; returns their names.
 
     Biases stay the parameters that they were. In the optimiser each dense weight takes the place of its first factor,
@@ -96,92 +103,84 @@ def densify(module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
     matrix, and no longer on its factors. `apportion.training.train` makes its own optimiser: train in two calls.
 
     Args:
-        module: is changed.
+        network: is changed.
         optimizer: that trains it, if training goes on with the same one.
 
     Raises:
-        InputError: there is no Monarch layer in it, or the module is one itself.
+        InputError: there is no Monarch layer in it, or the network is one itself.
     """
-    if isinstance(module, MonarchLinear):
-        raise InputError("module is a MonarchLinear itself, which has no place to put another in: use its to_linear()")
-    layers = {name: each for name, each in module.named_modules() if isinstance(each, MonarchLinear)}
+    if isinstance(network, MonarchLinear):
+        raise InputError("network is a MonarchLinear itself, which has no place to put another in: use its to_linear()")
+    layers = {name: each for name, each in network.named_modules() if isinstance(each, MonarchLinear)}
     if not layers:
-        raise InputError(f"module ({type(module).__name__}) has no MonarchLinear: there is nothing to make dense")
+        raise InputError(f"network ({type(network).__name__}) has no MonarchLinear: there is nothing to make dense")
     made: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         dense = layer.to_linear()
-        dense.bias = layer.bias  # type: ignore[assignment]
+        dense.register_parameter("bias", layer.bias)
         made[layer] = dense
         if optimizer is not None:
             _hand_over(optimizer, layer, dense.weight)
-    _exchange(module, made)
+    _exchange(network, made)
     return list(layers)
 
 
-def _chosen(module: nn.Module, where: Where) -> dict[str, nn.Linear]:
-    """The layers to replace, by name."""
-    if type(module) is nn.Linear:
-        raise InputError("module is a Linear itself, which has no place to put another in: MonarchLinear.from_linear")
-    linears = {name: each for name, each in module.named_modules() if type(each) is nn.Linear}
-    if isinstance(where, str):
-        try:
-            pattern = re.compile(where)
-        except re.error as error:
-            raise InputError(f"where={where!r} is no regular expression: {error}") from None
-        chosen = {name: each for name, each in linears.items() if pattern.search(name)}
-    else:
-        chosen = {name: each for name, each in linears.items() if where(name, each)}
-    if not chosen:
-        some = ", ".join(list(linears)[:8]) or "none at all"
-        raise InputError(f"where={where!r} fits no torch.nn.Linear of this {type(module).__name__}; it has {some}")
-    owners: dict[nn.Parameter, set[str]] = {}
-    for name, parent in module.named_modules():
-        for parameter in parent.parameters(recurse=False):
-            owners.setdefault(parameter, set()).add(name)
-    for name, linear in chosen.items():
-        others = owners[linear.weight] - {name}
-        if others:
-            raise InputError(
-                f"layer {name}: its weight is also that of {', '.join(sorted(others))}; replacing it would untie them: "
-                "leave it out in where"
-            )
-    return chosen
+def _replaceable(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind is nn.Linear or (kind.__name__ == "Conv1D" and "transformers" in kind.__module__)
 
 
-def _drawn_anew(linear: nn.Linear, **settings: Any) -> MonarchLinear:
-    layer = MonarchLinear(
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        device=linear.weight.device,
-        dtype=linear.weight.dtype,
-        **settings,
+def _require_alone(network: nn.Module, layer: WeightLayer) -> None:
+    """Raise if another module has the same weight: replaced, they would no longer be tied."""
+    others = [
+        name
+        for name, module in network.named_modules()
+        if module is not layer.module and any(each is layer.weight for each in module.parameters(recurse=False))
+    ]
+    if others:
+        raise InputError(
+            f"layer {layer.name}: its weight is also that of {', '.join(others)}; replacing it would untie them: "
+            "leave it out (exclude)"
+        )
+
+
+def _drawn_anew(
+    weight: Tensor, bias: Tensor | None, nblocks: int, rank: int | None, match_linear: bool
+) -> MonarchLinear:
+    return MonarchLinear(
+        weight.shape[1],
+        weight.shape[0],
+        bias is not None,
+        nblocks=nblocks,
+        rank=rank,
+        match_linear=match_linear,
+        device=weight.device,
+        dtype=weight.dtype,
     )
-    return layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
 
 
 @torch.no_grad()
-def _relative_error(linear: nn.Linear, layer: MonarchLinear) -> float:
-    size = linear.weight.double().norm() if not linear.weight.is_complex() else linear.weight.norm()
-    return float((linear.weight - layer.weight).norm() / size) if size else 0.0
+def _relative_error(weight: Tensor, layer: MonarchLinear) -> float:
+    size = float(weight.norm())
+    return float((weight - layer.weight).norm()) / size if size else 0.0
 
 
-def _exchange(module: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
+def _exchange(network: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
     """Put new modules in all places of old ones."""
-    for parent, name, child in list(_places(module)):
+    for parent, name, child in list(_places(network)):
         if child in made:
             setattr(parent, name, made[child])
 
 
-def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _places(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Every parent with the names of its children; a child that is in several places comes several times."""
-    for parent in module.modules():
+    for parent in network.modules():
         for name, child in parent._modules.items():
             if child is not None:
                 yield parent, name, child
 
 
-def _hand_over(optimizer: torch.optim.Optimizer, layer: MonarchLinear, weight: nn.Parameter) -> None:
+def _hand_over(optimizer: torch.optim.Optimizer, layer: MonarchLinear, weight: Tensor) -> None:
     """Let ``weight`` take the place of a layer's factors in the optimiser, without their state."""
     for factor in (layer.first, layer.second):
         optimizer.state.pop(factor, None)

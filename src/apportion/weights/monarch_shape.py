@@ -41,18 +41,18 @@ class MonarchShape:
                     f"{blocks}={getattr(self, blocks)} is more than {features}={getattr(self, features)}: "
                     f"a block has at least one feature; take at most {getattr(self, features)}"
                 )
+        common = math.lcm(self.in_blocks, self.out_blocks)
         for blocks in ("in_blocks", "out_blocks"):
             if self.middle % getattr(self, blocks):
                 raise InputError(
                     f"middle={self.middle} is not a multiple of {blocks}={getattr(self, blocks)}: between the factors "
-                    f"each block has equally many numbers; take a multiple of {math.lcm(self.in_blocks, self.out_blocks)}"
+                    f"each block has equally many numbers; take a multiple of {common}"
                 )
-        most = min(self.in_width, self.out_width)
-        if -(-self.taken // self.out_blocks) > most:
+        rank, most = -(-self.taken // self.out_blocks), min(self.in_width, self.out_width)
+        if rank > most:
             raise InputError(
-                f"middle={self.middle} gives blocks of rank {-(-self.taken // self.out_blocks)}, but blocks of "
-                f"{self.out_width} x {self.in_width} have no more than {most}: take middle={self.in_blocks * self.out_blocks * most} "
-                "or less"
+                f"middle={self.middle} gives blocks of rank {rank}, but blocks of {self.out_width} x {self.in_width} "
+                f"have no more than {most}: take middle={self.in_blocks * self.out_blocks * most} or less"
             )
 
     @classmethod
