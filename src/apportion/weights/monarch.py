@@ -33,7 +33,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Inexact
+from jaxtyping import Inexact, Shaped
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -102,7 +102,7 @@ def materialise(factors: MonarchFactors, shape: MonarchShape) -> Inexact[Tensor,
     return multiply(identity, *factors)[:, : shape.out_features].T.contiguous()
 
 
-def project(weight: Inexact[Tensor, "out_features in_features"], shape: MonarchShape) -> MonarchFactors:
+def project(weight: Shaped[Tensor, "out_features in_features"], shape: MonarchShape) -> MonarchFactors:
     """The Monarch matrix nearest to a dense one in Frobenius norm, each singular value shared out by its square root.
 
     Half precision is decomposed in float32; the factors have the weight's dtype.
@@ -126,7 +126,7 @@ def project(weight: Inexact[Tensor, "out_features in_features"], shape: MonarchS
     return MonarchFactors(first.to(weight.dtype).contiguous(), second.to(weight.dtype).contiguous())
 
 
-def projection_error(weight: Inexact[Tensor, "out_features in_features"], shape: MonarchShape) -> float:
+def projection_error(weight: Shaped[Tensor, "out_features in_features"], shape: MonarchShape) -> float:
     """What `project` leaves over, in Frobenius norm: the root of all squared singular values that no block keeps.
 
     Raises:
@@ -217,7 +217,7 @@ class MonarchLinear(nn.Module):
     @classmethod
     def from_dense(
         cls,
-        weight: Inexact[Tensor, "out_features in_features"],
+        weight: Shaped[Tensor, "out_features in_features"],
         bias: Inexact[Tensor, " out_features"] | None = None,
         *,
         nblocks: int = 4,
