@@ -314,6 +314,7 @@ def test_a_page_without_its_marks_is_refused(docs: Path) -> None:
 
 def test_values_are_shown_with_their_unit() -> None:
     assert shown("seconds", 0.2213) == "221.3 ms"
+    assert shown("seconds", 2.21e-5) == "22.1 µs"
     assert shown("product seconds", 12.0) == "12.00 s"
     assert shown("extra bytes", 67_108_864) == "67.1 MB"
     assert shown("tokens per second", 1234.5) == "1,234"

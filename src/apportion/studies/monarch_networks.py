@@ -59,7 +59,7 @@ class TaskSize:
     steps: int = 500
     finetune_steps: int = 150
     batch: int = 256
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     ranks: tuple[int | None, ...] = (None, 4)
     structured: float = 0.8
     device: str = "cpu"
@@ -182,10 +182,9 @@ class CharacterTask:
         dense, monarch = (multiplications(self._made(arm)) for arm in (DENSE, MONARCH))
         return steps_at_equal_cost(self.size.steps, dense, monarch, self.size.structured)
 
-    def steps_of_monarch(self) -> int:
-        """Steps of the Monarch network that cost as much as dense training."""
-        dense, monarch = (multiplications(self._made(arm)) for arm in (DENSE, MONARCH))
-        return self.size.steps * dense // monarch
+    def steps_throughout(self, arm: str) -> int:
+        """Steps of a cheaper network that cost as much as dense training."""
+        return self.size.steps * multiplications(self._made(DENSE)) // multiplications(self._made(arm))
 
     def _reverse(self, rate: float) -> nn.Module:
         structured, dense = self.steps_of_reverse()
