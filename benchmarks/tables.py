@@ -16,6 +16,8 @@ def shown(quantity: str, value: float) -> str:
     if quantity.endswith("bytes"):
         return f"{value / 1e6:,.1f} MB"
     if quantity.endswith("seconds"):
+        if value < 1e-4:
+            return f"{1e6 * value:,.1f} µs"
         return f"{value:,.2f} s" if value >= 10 else f"{1000 * value:,.1f} ms"
     return f"{value:,.0f}"
 

@@ -49,7 +49,20 @@ def run_smoke(name: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("smoke")
 @pytest.mark.parametrize(
-    "name", ["step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "generation", "prefill"]
+    "name",
+    [
+        "step",
+        "step_parts",
+        "scaling",
+        "memory",
+        "million",
+        "harvest",
+        "report",
+        "keys",
+        "generation",
+        "prefill",
+        "monarch",
+    ],
 )
 def test_smoke_run_gives_the_promised_json(name: str) -> None:
     result = run_smoke(name)
@@ -301,6 +314,7 @@ def test_a_page_without_its_marks_is_refused(docs: Path) -> None:
 
 def test_values_are_shown_with_their_unit() -> None:
     assert shown("seconds", 0.2213) == "221.3 ms"
+    assert shown("seconds", 2.21e-5) == "22.1 µs"
     assert shown("product seconds", 12.0) == "12.00 s"
     assert shown("extra bytes", 67_108_864) == "67.1 MB"
     assert shown("tokens per second", 1234.5) == "1,234"
