@@ -20,6 +20,7 @@ from apportion.ops.select import cpu as select_cpu
 from apportion.ops.threads import matching_threads
 
 _score_labels, _score_packed = labels_cpu._label_scores, labels_cpu._packed_label_scores
+_pack_label = labels_cpu.pack_label
 _few, _many = select_cpu._rows, select_cpu._rows_by_cut
 _TILE = 2048  # tokens whose scores a thread lets agree at a time
 
@@ -120,14 +121,15 @@ def _chunks(queries, channels, means, steps, rows, tile, candidates, scaling, so
 @no_type_check
 def _round(queries, bits):
     """In place: what packed labels of the queries would stand for, in the arithmetic of ``pack_labels``."""
-    top, least = np.float32(2**bits - 1), np.float32(np.finfo(np.float32).tiny)
+    in_byte, mask = 8 // bits, np.uint8(2**bits - 1)
+    codes = np.empty((queries.shape[1] * bits + 7) // 8, np.uint8)
     for row in range(queries.shape[0]):
         query = queries[row]
-        low, high = query.min(), query.max()
-        step = high / top - low / top
+        codes[:] = 0
+        low, step = _pack_label(query, bits, codes)
         for place in range(query.shape[0]):
-            code = np.rint((query[place] - low) / max(step, least))
-            query[place] = low + step * min(max(code, np.float32(0.0)), top)
+            code = codes[place // in_byte] >> np.uint8(place % in_byte * bits) & mask
+            query[place] = low + step * np.float32(code)
 
 
 def choose_by_labels(
