@@ -4,7 +4,7 @@ Chunks are laid over the tokens of each row that are no padding, so that a padde
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -80,6 +80,14 @@ class ChunkTable:
     def tokens(self, chunks: Int[Tensor, "batch rows some"]) -> Int[Tensor, "batch rows some_tokens"]:
         """The tokens of chunks, one chunk after the other; some tokens or other for chunks that a row has not."""
         return tokens_of(chunks, self.rule.size, self.order)
+
+    def of_lists(self, lists: int) -> "ChunkTable":
+        """For so many lists of chunks: one a key-value head, or one for each of its query heads."""
+        of_group = lists // self.candidates.shape[1]
+        if of_group == 1:
+            return self
+        candidates, outliers = (each.repeat_interleave(of_group, dim=1) for each in (self.candidates, self.outliers))
+        return replace(self, candidates=candidates, outliers=outliers)
 
     def grown(
         self, keys: Float[Tensor, "batch groups more size width"], real: Bool[Tensor, "batch all_tokens"]

@@ -86,6 +86,9 @@ class Landmarks(Selector):
         self._before: Int[Tensor, "batch groups most"] | None = None
         self._hits, self._asked = torch.zeros((), dtype=torch.long), 0
 
+    in_one_go = True
+    """Whether one token's choice is `choose_chunks`; False for who scores or agrees otherwise."""
+
     @property
     def hit_rate(self) -> float:
         """Share of the chunks selected for a token that were selected for the token before; NaN before two tokens."""
@@ -102,7 +105,7 @@ class Landmarks(Selector):
         table = self._table = store.table
         if table is None or self._budget.everything:
             return None
-        if step.new == 1 and table.order is None and bool(store.real.all()):
+        if self.in_one_go and step.new == 1 and table.order is None and bool(store.real.all()):
             return self._select_one(step, store, table)
         seen = visible(step, store)
         tail = torch.arange(store.tail_start, store.length, device=seen.device)
@@ -110,7 +113,9 @@ class Landmarks(Selector):
         wanted = self._budget.chunks(table, seen.sum(-1), in_tail.sum(-1))
         if bool((wanted >= (table.counts - table.outlier_counts)[:, None]).all()):
             return None
-        chunks, kept = self._best(self.scores(step, table), table, wanted)
+        scores = self.scores(step, table)
+        table = table.of_lists(scores.shape[1])
+        chunks, kept = self._best(scores, table, wanted)
         if step.new == 1:
             self._compare(chunks[:, :, 0].masked_fill(~kept[:, :, 0], -1))
         return _lists(table, chunks, kept, tail, in_tail)
@@ -127,17 +132,24 @@ class Landmarks(Selector):
         self._compare(chunks)
         return ChunkSelection(table, chunks, tail)
 
-    def scores(self, step: Step, table: ChunkTable) -> Float[Tensor, "batch groups asking chunks"]:
-        """How much the heads of each key-value head want each chunk; ``asking`` is 1 where a pass shares its choice."""
-        batch, heads, new, _ = step.queries.shape
-        groups = table.means.shape[1]
-        products = label_scores(step.queries, table.means).view(batch, groups, heads // groups, new, -1) * step.scaling
-        if step.softcap is not None:
-            products = step.softcap * torch.tanh(products / step.softcap)
+    def scores(self, step: Step, table: ChunkTable) -> Float[Tensor, "batch lists asking chunks"]:
+        """How much each list's heads want each chunk; ``asking`` is 1 where a pass shares its choice."""
+        products = self.products(step, table).unflatten(1, (table.means.shape[1], -1))
         products = products.masked_fill(~table.candidates[:, :, None, None], -torch.inf)
         weights = products.softmax(-1).nan_to_num(0.0)
         if self._turn == "shared":
             weights = (weights * step.real[:, None, None, :, None]).sum(3, keepdim=True)
+        return self.agree(weights)
+
+    def products(self, step: Step, table: ChunkTable) -> Float[Tensor, "batch heads new chunks"]:
+        """Of queries and landmarks, as they go into the softmax."""
+        products = label_scores(step.queries, table.means) * step.scaling
+        return products if step.softcap is None else step.softcap * torch.tanh(products / step.softcap)
+
+    def agree(
+        self, weights: Float[Tensor, "batch groups heads_of_group asking chunks"]
+    ) -> Float[Tensor, "batch lists asking chunks"]:
+        """What the heads of a key-value head make of their weights: one list for all."""
         return weights.amax(2)
 
     @override
