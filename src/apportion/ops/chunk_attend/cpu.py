@@ -181,9 +181,9 @@ def attend_chunks(
     keys, values = readable(keys), readable(values)
     rebuilt = basis is not None
     if basis is None:
-        basis = queries.new_empty(1, groups, 0, width)
+        basis = torch.empty(1, groups, 0, width)
     if cos is None or sin is None:
-        cos = sin = queries.new_empty(1, 1, 0)
+        cos = sin = torch.empty(1, 1, 0)
     angles = [(readable(each), 0 if len(each) == 1 else each.stride(0)) for each in (cos, sin)]
     value_width = values.shape[-1]
     parts = -(-chosen * size // _PART) + sum(-(-each // _EXACT) for each in exact)
