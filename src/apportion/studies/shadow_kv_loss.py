@@ -1,7 +1,7 @@
 """Where ShadowKV loses what it loses: parts of it replaced by what they stand for, at the same keys read.
 
-Chunks by exact attention weight in place of landmarks, a list for each query head in place of one for a key-value head,
-and keys of full rank. None of these could be used: they read what ShadowKV is there not to read.
+Chunks by exact attention weight in place of landmarks, or smaller ones; a list for each query head in place of one for
+a key-value head; keys of higher rank. None of these could be used: they read what ShadowKV is there not to read.
 """
 
 import torch
@@ -67,8 +67,8 @@ PARTS: dict[str, tuple[dict[str, float], type[Landmarks]]] = {
     "rank 96 of 192": ({"rank_share": 96 / 192}, Landmarks),
     "chunks by exact weight": ({}, ExactChunks),
     "chunks by exact weight, keys of full rank": (_FULL, ExactChunks),
+    "smaller chunks by exact weight, keys of full rank": ({**_FULL, "chunk": 2}, ExactChunks),
     "a list for each query head": ({}, HeadLandmarks),
-    "a list for each query head, keys of full rank": (_FULL, HeadLandmarks),
 }
 
 
@@ -77,9 +77,13 @@ def with_part(
 ) -> ComposedMemory:
     """A layer's memory of ShadowKV with one of `PARTS`, or of ShadowKV itself for another name."""
     changes, selector = PARTS.get(name, ({}, Landmarks))
+    # As many tokens as ever are outliers and local.
+    outliers, local = (each * chunk // int(changes.get("chunk", chunk)) for each in (outliers, local))
+    chunk = int(changes.get("chunk", chunk))
     # Beside everything else whole chunks are selected.
     budget = KeyBudget(keys=keys if counted == "all" else keys // chunk * chunk)
-    settings = {"counted": counted, "chunk": chunk, "outliers": outliers, "local": local, "turn": "each", **changes}
-    memory = ShadowKV(budget, **settings).memory(facts)  # type: ignore[arg-type]
+    rank = changes.get("rank_share", ShadowKV.rank_share)
+    settings = {"counted": counted, "chunk": chunk, "outliers": outliers, "local": local, "turn": "each"}
+    memory = ShadowKV(budget, rank_share=rank, **settings).memory(facts)  # type: ignore[arg-type]
     memory.selector = selector(ChunkBudget(budget, counted), "each")
     return memory
