@@ -1,5 +1,6 @@
 """Decoding by ops that choose and attend in one go is decoding by the steps that these stand for."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +40,7 @@ def decode(memory: ComposedMemory, step: Step) -> list[Any]:
     memory.close()
     found = []
     borders = [*range(PROMPT, 97), 99, TOKENS]
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in itertools.pairwise(borders):
         out = memory.attend(part_of(step, start, stop))
         selection = memory.newest_selection
         assert selection is not None

@@ -104,7 +104,9 @@ def test_the_definition_is_attention_over_all_keys_under_a_mask() -> None:
     every, read = torch.cat([keys, *exact[0]], dim=2), torch.cat([values, *exact[1]], dim=2)
     of_heads = mask.repeat_interleave(3, dim=1)[:, :, None]
     wanted = attend_reference.attend(queries[:, :, None], every, read, of_heads, scaling, None)[:, :, 0]
-    torch.testing.assert_close(attend_chunks(queries, chunks, size, keys, None, None, None, values, *exact, scaling), wanted)
+    torch.testing.assert_close(
+        attend_chunks(queries, chunks, size, keys, None, None, None, values, *exact, scaling), wanted
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -165,9 +165,7 @@ class LabelSelector(TopKeys):
         channels = channels.repeat_interleave(wanted // len(channels), dim=0)
         return vectors.gather(3, channels[None, :, None].expand(len(vectors), -1, vectors.shape[2], -1))
 
-    def _pick_of_one(
-        self, vectors: Float[Tensor, "batch rows 1 width"]
-    ) -> Float[Tensor, "batch wanted 1 channels"]:
+    def _pick_of_one(self, vectors: Float[Tensor, "batch rows 1 width"]) -> Float[Tensor, "batch wanted 1 channels"]:
         """The same of one token: a step of decoding, where every operation counts."""
         rows, width = vectors.shape[1], vectors.shape[3]
         wanted = max(len(self.channels), rows)

@@ -143,7 +143,8 @@ class PromptSVDStore(ChunkedStore):
     @override
     def attend(self, step: Step, selection: ChunkSelection) -> Float[Tensor, "batch heads 1 value_width"] | None:
         now, size = self._compressed, self._rule.size
-        if now is None or torch.is_grad_enabled() and (step.queries.requires_grad or self._keys.view.requires_grad):
+        wants_gradient = step.queries.requires_grad or self._keys.view.requires_grad
+        if now is None or (wants_gradient and torch.is_grad_enabled()):
             return None
         values = now.values.where_they_are(selection.chunks * size, size)
         if values is None:

@@ -409,9 +409,9 @@ def _notes(size: _Size, seeds: int) -> list[str]:
         "In SmolLM2 a head has 64 channels: r=4 is 1/16 of the channels at 16 bits, r=16 at 4 bits is 1/16 by bits. "
         "The 8 bytes a label of its minimum and step are not in these figures. With 9 query and 3 key-value heads, "
         "labels of each query head are three times as many as keys.",
-        f"Retrieval: {size.prompts * seeds} prompts of one needle at each length, every layer from the third on reading "
-        f"so many keys of question and answer; at 1/16 it counts from {_PROMPTS} prompts on, where dense attention finds "
-        f"at least {_SOLVED:.0%}. Answers are teacher-forced, so found is what greedy decoding would have written.",
+        f"Retrieval: {size.prompts * seeds} prompts of one needle at each length; question and answer read few keys in "
+        f"every layer from the third on. At 1/16 it counts from {_PROMPTS} prompts on, where dense attention finds at "
+        f"least {_SOLVED:.0%}. Answers are teacher-forced, so found is what greedy decoding would have written.",
         "In the model, SparQ and random channels have r=16 at 16 bits; SparQ has no mean value.",
         "Everything is kept by all of these methods: they save reads, not bytes.",
     ]

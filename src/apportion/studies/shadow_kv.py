@@ -90,9 +90,7 @@ _SIZES: dict[Scale, _Size] = {
         following=4,
     ),
     "default": _Size(),
-    "long": _Size(
-        layers=tuple(range(30)), queries=16, words=(350, 900), contexts=34, taken_apart=34, following=64
-    ),
+    "long": _Size(layers=tuple(range(30)), queries=16, words=(350, 900), contexts=34, taken_apart=34, following=64),
     "gpu": _Size(
         layers=tuple(range(30)), queries=16, words=(350, 900, 2400), contexts=50, taken_apart=50, following=64
     ),
@@ -461,9 +459,9 @@ def _notes(size: _Size, seeds: list[int], chosen: Mapping[str, Mapping[str, str]
         f"{size.queries} queries each. Everything that is read counts as T: outliers, the prompt's end, later tokens. "
         "ShadowKV's keys are rebuilt from rank 30 of 192. Page bounds choose for each query head, ShadowKV for each "
         "key-value head.",
-        f"Settings chosen on other texts, out of three each: by output error, for needles by answer NLL: {settings}.",
-        f"Retrieval: contexts of {prompts}, {size.contexts * len(seeds)} of each, a needle in each, asked for after the "
-        "context was compressed; answers are teacher-forced, so exact match is greedy decoding's. It counts from "
+        f"Settings chosen on other texts, out of three or four each: by output error, for needles by answer NLL: {settings}.",
+        f"Retrieval: contexts of {prompts}, {size.contexts * len(seeds)} of each, a needle in each, asked for after "
+        "the context was compressed; answers are teacher-forced, so exact match is greedy decoding's. It counts from "
         f"{_PROMPTS} prompts on, where dense attention answers {_SOLVED}. The prose comes from documents of the same "
         "corpus.",
         f"Taken apart: on the first {size.taken_apart} contexts of each seed, at the same keys read: keys of higher "

@@ -1,8 +1,8 @@
 """Attention over chunks on the CPU, compiled by numba: chunks' keys are rebuilt into a thread's own few kilobytes.
 
-A list is cut into parts as in ``attend.cpu``, whose kernels multiply, mix and join; numba's cache does not see when they
-change: who changes them must touch this file too (or delete ``__pycache__``). The cuts depend on numbers of chunks and
-of exact keys alone: so does every result.
+A list is cut into parts as in ``attend.cpu``, whose kernels multiply, mix and join; numba's cache does not see when
+they change: who changes them must touch this file too (or delete ``__pycache__``). The cuts depend on numbers of chunks
+and of exact keys alone: so does every result.
 """
 
 import math

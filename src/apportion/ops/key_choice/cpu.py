@@ -150,7 +150,10 @@ def choose_by_labels(
         return reference.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
     lists = heads if group == "head" else groups
     asked = queries.detach().float().clone(memory_format=torch.contiguous_format)
-    out, agreed = np.empty((batch * rows, heads // rows, tokens), np.float32), np.empty((batch * lists, tokens), np.float32)
+    out, agreed = (
+        np.empty((batch * rows, heads // rows, tokens), np.float32),
+        np.empty((batch * lists, tokens), np.float32),
+    )
     winners = torch.empty(batch, lists, count, dtype=torch.int64)
     of_lists = (group == "mean", sinks, recent, _TILE, out, agreed, winners.view(-1, count).numpy())
     with matching_threads():
