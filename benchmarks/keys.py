@@ -1,8 +1,8 @@
 """Decoding with few keys against dense attention: one attention layer by context length, and whole tokens of a model.
 
-The methods are composed here from the ops and axes they stand on (labels of a few channels as Double Sparsity has them,
-landmarks and low-rank keys as ShadowKV has them): what is measured is the machinery, not a fitted method. Keys and
-queries are random, which changes nothing but how scattered the chosen tokens lie: more than in text.
+The methods are composed here from the ops they stand on (labels of a few channels as Double Sparsity has them,
+landmarks and low-rank keys as ShadowKV has them), and run as the room runs them: memories with accounts. Nothing is
+fitted; keys and queries are random, which changes nothing but how scattered the chosen tokens lie: more than in text.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,18 +10,17 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.keys import ComposedMemory, KeyBudget
-from apportion.keys.selectors import TopKeys, across_group, best_tokens
-from apportion.keys.stores import Growing, Store, gather_tokens
+from apportion.keys.double_sparsity import LabelSelector
+from apportion.keys.shadow_kv import ShadowKV
 from apportion.models import LanguageModel, load
 from apportion.models.key_door import Door, attend_with, close_prompt, layer_facts
-from apportion.models.key_memory import LayerFacts, Step
-from apportion.ops import attend_selected, label_scores, low_rank_keys, pack_labels, packed_label_scores, select_rows
+from apportion.models.key_memory import LayerFacts, Rotation, Step
+from apportion.ops import attend_chunks, attend_selected, choose_by_labels, choose_chunks, pack_labels
 from apportion.ops.attend import attend
 from benchmarks.registry import Case, Race, RacePlan, Unavailable, benchmark, timed
 
@@ -94,6 +93,34 @@ class Layer:
         return _planar(self.keys.unflatten(2, (-1, _CHUNK)).mean(3))
 
     @cached_property
+    def candidates(self) -> Tensor:
+        """Of the chunks, all."""
+        return torch.ones(1, self.shape.groups, self.shape.context // _CHUNK, dtype=torch.bool)
+
+    @cached_property
+    def label_memory(self) -> ComposedMemory:
+        """The layer as Double Sparsity keeps it, every query head with labels and a list of its own."""
+        return self._filled(ComposedMemory(self._facts, selector=_label_selector(self._facts, "head")))
+
+    @cached_property
+    def chunk_memory(self) -> ComposedMemory:
+        """The layer as ShadowKV keeps it, with the paper's outliers and local chunks."""
+        rank = self.shape.rank / self.shape.groups / self.shape.width
+        return self._filled(ShadowKV(KeyBudget(share=_SHARE), rank_share=rank).memory(self._facts))
+
+    @property
+    def _facts(self) -> LayerFacts:
+        return LayerFacts(0, self.shape.heads, self.shape.groups, self.shape.width, 1)
+
+    def _filled(self, memory: ComposedMemory) -> ComposedMemory:
+        _, _, cos, sin = self.factors
+        real = torch.ones(1, self.shape.context, dtype=torch.bool)
+        nobody = self.keys.new_zeros(1).expand(1, self.shape.heads, self.shape.context, self.shape.width)
+        memory.take_in(Step(nobody, self.keys, self.values, real, 1.0, rotation=Rotation(cos, sin)))
+        memory.close()
+        return memory
+
+    @cached_property
     def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Factors and basis of a key factorisation (random, of the right shape), cosines and sines."""
         draw = torch.Generator().manual_seed(0)
@@ -102,6 +129,13 @@ class Layer:
         basis = torch.randn(1, shape.groups, shape.rank, shape.width, generator=draw)
         angles = torch.rand(1, shape.context, shape.width // 2, generator=draw)
         return factors, basis, angles.cos(), angles.sin()
+
+
+def _label_selector(facts: LayerFacts, group: str) -> LabelSelector:
+    """Every other so many channels of a key as its label, in 4 bits; of query heads, or one for those of a group."""
+    channels = torch.arange(0, facts.width, 4)
+    rows = facts.heads if group == "head" else facts.groups
+    return LabelSelector(channels.expand(rows, -1), 4, KeyBudget(share=_SHARE, sinks=_SINKS, recent=_RECENT), group)
 
 
 def _planar(table: Tensor) -> Tensor:
@@ -117,7 +151,6 @@ class Decoding:
         self.layers = [Layer(shape, seed) for seed in range(max(2, -(-_COLD // bytes_of_layer)))]
         self.queries = torch.randn(1, shape.heads, 1, shape.width, generator=torch.Generator().manual_seed(99))
         self.scaling = shape.width**-0.5
-        self.seen = torch.ones(1, 1, shape.context, dtype=torch.bool)
         self.budget = KeyBudget(share=_SHARE, sinks=_SINKS, recent=_RECENT)
 
     def layer(self, turn: int) -> Layer:
@@ -132,46 +165,54 @@ class Decoding:
         return attend(self.queries, layer.keys, layer.values, self.scaling)
 
     def short_labels(self, layer: Layer) -> Tensor:
-        return self._read(layer, label_scores(self._shortened, layer.short_labels), "max")
+        return self._read(layer, layer.short_labels, None, 16, "max")
 
     def packed_labels(self, layer: Layer) -> Tensor:
-        return self._read(layer, packed_label_scores(self._shortened, *layer.packed, 4), "max")
+        return self._read(layer, *layer.packed, 4, "max")
 
     def packed_labels_of_heads(self, layer: Layer) -> Tensor:
-        return self._read(layer, packed_label_scores(self._shortened, *layer.packed_of_heads, 4), "head")
+        return self._read(layer, *layer.packed_of_heads, 4, "head")
 
     def landmarks(self, layer: Layer) -> Tensor:
-        tokens = self._tokens_of_chunks(layer)
-        lists = tokens[:, :, None]
-        kept = torch.ones_like(lists, dtype=torch.bool)
-        return attend_selected(self.queries, layer.keys, layer.values, lists, kept, self.scaling)
+        stored = (layer.keys, None, None, None, layer.values)
+        return attend_chunks(self._asked, self._chunks(layer), _CHUNK, *stored, [], [], self.scaling)
 
     def low_rank(self, layer: Layer) -> Tensor:
-        tokens = self._tokens_of_chunks(layer)
-        factors, basis, cos, sin = layer.factors
-        keys = low_rank_keys(factors, basis, tokens, cos, sin)
-        values = gather_tokens(layer.values, tokens)
-        lists = torch.arange(tokens.shape[2]).expand(1, self.shape.groups, 1, -1)
-        kept = torch.ones_like(lists, dtype=torch.bool)
-        return attend_selected(self.queries, keys, values, lists, kept, self.scaling)
+        stored = (*layer.factors, layer.values)
+        return attend_chunks(self._asked, self._chunks(layer), _CHUNK, *stored, [], [], self.scaling)
+
+    def label_memory(self, layer: Layer) -> Tensor:
+        return layer.label_memory.attend(self.step)
+
+    def chunk_memory(self, layer: Layer) -> Tensor:
+        return layer.chunk_memory.attend(self.step)
+
+    @cached_property
+    def step(self) -> Step:
+        """One more token, as a memory is given it."""
+        layer = self.layers[0]
+        one = layer.keys[:, :, :1], layer.values[:, :, :1]
+        return Step(self.queries, *one, torch.ones(1, 1, dtype=torch.bool), self.scaling)
+
+    @cached_property
+    def _asked(self) -> Tensor:
+        return self.queries[:, :, 0]
 
     @cached_property
     def _shortened(self) -> Tensor:
-        return self.queries[..., :: self.shape.width // self.shape.channels].contiguous()
+        return self._asked[..., :: self.shape.width // self.shape.channels].contiguous()
 
-    def _read(self, layer: Layer, scores: Tensor, group: str) -> Tensor:
-        scores = across_group(scores, self.seen, self.shape.heads // self.shape.groups, group)
-        chosen = best_tokens(scores, self.seen, self.budget)
-        return attend_selected(self.queries, layer.keys, layer.values, chosen.indices, chosen.kept, self.scaling)
+    def _read(self, layer: Layer, labels: Tensor, ranges: Tensor | None, bits: int, group: str) -> Tensor:
+        count = self.budget.tokens(self.shape.context)
+        given = (labels, ranges, bits, count, _SINKS, _RECENT, self.shape.groups, group)
+        chosen = choose_by_labels(self._shortened, *given)[:, :, None]
+        kept = torch.ones_like(chosen, dtype=torch.bool)
+        return attend_selected(self.queries, layer.keys, layer.values, chosen, kept, self.scaling)
 
-    def _tokens_of_chunks(self, layer: Layer) -> Int[Tensor, "batch groups kept"]:
-        """Tokens of the chunks whose landmarks some head of the group wants most."""
-        weights = label_scores(self.queries * self.scaling, layer.landmarks).softmax(-1)
-        shared = weights.view(self.shape.groups, -1, weights.shape[-1]).amax(1)
+    def _chunks(self, layer: Layer) -> Int[Tensor, "batch groups kept"]:
+        """The chunks whose landmarks some head of the group wants most."""
         count = int(self.shape.context * _SHARE) // _CHUNK
-        _, chunks = select_rows(shared, count)
-        tokens = chunks.view(1, self.shape.groups, count, 1) * _CHUNK + torch.arange(_CHUNK)
-        return tokens.view(1, self.shape.groups, count * _CHUNK)
+        return choose_chunks(self._asked, layer.landmarks, layer.candidates, count, self.scaling)
 
 
 def _layer_plan(title: str, shape: Shape) -> RacePlan:
@@ -184,6 +225,7 @@ def _layer_plan(title: str, shape: Shape) -> RacePlan:
             return Case(label, timed(lambda turn: way(decoding.layer(turn))), includes)
 
         labels = f"scores by {shape.channels} of {shape.width} channels of each key, 1/16 of the keys chosen, {{}}"
+        whole = "with the new token's key, value and label appended, and accounts kept"
         chunks = (
             f"scores by means of {_CHUNK} keys, 1/16 of the keys chosen in whole chunks for each key-value head, {{}}"
         )
@@ -195,6 +237,10 @@ def _layer_plan(title: str, shape: Shape) -> RacePlan:
             case("labels 4 bit, heads", decoding.packed_labels_of_heads, labels.format("a list for each query head")),
             case("landmarks", decoding.landmarks, chunks.format("read from the cache")),
             case(f"landmarks, rank {shape.rank}", decoding.low_rank, chunks.format("rebuilt and rotated")),
+            case(
+                "Double Sparsity, memory", decoding.label_memory, "the method's own step: labels 4 bit, heads; " + whole
+            ),
+            case("ShadowKV, memory", decoding.chunk_memory, "the method's own step: landmarks, rank; " + whole),
         ]
         return Race(cases, _BASELINE)
 
@@ -212,27 +258,6 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
     small = [_layer_plan(f"SmolLM2's shape, {each:,} tokens", Shape(each, 9, 3, 64, 16, 30)) for each in contexts]
     large = [_layer_plan(f"an 8B shape, {each:,} tokens", Shape(each, 32, 8, 128, 32, 160)) for each in contexts]
     return small + large
-
-
-class Labels(TopKeys):
-    """Every other so many channels of a key as its label, in 4 bits; heads of a key-value head share a list."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(KeyBudget(share=_SHARE, sinks=_SINKS, recent=_RECENT), "max")
-        self.every = max(1, width // 16)
-        self.codes, self.ranges = Growing(3), Growing(3)
-
-    @override
-    def extend(self, step: Step, store: Store) -> None:
-        codes, ranges = pack_labels(step.keys[..., :: self.every], 4)
-        self.codes.append(codes.transpose(-1, -2).contiguous())
-        self.ranges.append(ranges.transpose(-1, -2).contiguous())
-
-    @override
-    def scores(self, step: Step, store: Store) -> Float[Tensor, "batch heads new tokens"]:
-        queries = step.queries[..., :: self.every]
-        codes, ranges = (each.view.transpose(-1, -2) for each in (self.codes, self.ranges))
-        return packed_label_scores(queries, codes, ranges, 4)
 
 
 class Generation:
@@ -297,7 +322,7 @@ def _generation_plan(lm: LanguageModel, context: int) -> RacePlan:
         generation = Generation(lm, context)
 
         def few(facts: LayerFacts) -> ComposedMemory:
-            return ComposedMemory(facts, selector=Labels(facts.width))
+            return ComposedMemory(facts, selector=_label_selector(facts, "max"))
 
         ways = {
             "transformers": (partial(generation.plain, "transformers"), "its DynamicCache and SDPA"),

@@ -13,13 +13,14 @@ def _made_up(size: double_sparsity._Size, found: float, dense: float) -> double_
     measured: double_sparsity.Measured = defaultdict(lambda: defaultdict(lambda: [0.5, 0.5, 0.5]))
     for words in size.words:
         measured[f"needles in {words} words: dense"]["found"] = [dense] * 3
-        measured[f"needles in {words} words: Double Sparsity"]["found"] = [found] * 3
+        for share in size.shares:
+            measured[f"{double_sparsity._needles(words, share)}: Double Sparsity"]["found"] = [found] * 3
     return measured
 
 
 def test_needles_count_only_where_dense_attention_finds_enough_of_enough() -> None:
-    few = double_sparsity._SIZES["default"]
-    many = replace(few, prompts=17)
+    many = double_sparsity._SIZES["default"]
+    few = replace(many, prompts=4)
 
     def needle_claims(size: double_sparsity._Size, found: float, dense: float) -> list[tuple[str, bool]]:
         claims = double_sparsity._claims(size, 3, _made_up(size, found, dense))

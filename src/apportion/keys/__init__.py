@@ -21,7 +21,8 @@ from apportion.keys.sea import SeaAttention, SeaOutput, SeaSettings
 from apportion.keys.sea_distillation import attention_losses, fit_to_trace, mass_on_trace, model_loss
 from apportion.keys.seer_attention import SeerAttention
 from apportion.keys.selecting import SelectingMethod
-from apportion.keys.selectors import KeySelection, Selector
+from apportion.keys.selection import KeySelection
+from apportion.keys.selectors import Selector
 from apportion.keys.shadow_kv import ShadowKV
 from apportion.keys.snap_kv import SnapKV
 from apportion.keys.sparq import SparQ

@@ -14,7 +14,7 @@ from apportion.data.tasks.shared_context import SharedContext
 from apportion.errors import InputError
 from apportion.keys.budget import Usage
 from apportion.keys.memory import MakeComposed
-from apportion.keys.scoring import Answered, encode_parts
+from apportion.keys.scoring import Answered, encode_parts, exact_and_nll
 from apportion.keys.shared_prompt import Fan, usage_of
 from apportion.models import LanguageModel
 from apportion.models.key_door import attend_with, close_prompt, memories_of, with_memories
@@ -64,7 +64,7 @@ def ask_all(
         methods: see `go_on`.
 
     Returns:
-        By method, in the order of turns; ``usage`` is of all turns that were asked together.
+        By method, in the order of turns; ``usage`` is of all turns together, shorter ones filled up to the longest.
 
     Raises:
         InputError: the context is cut into other tokens by another question.
@@ -73,14 +73,13 @@ def ask_all(
     context = parts[0][0]
     if any(not torch.equal(context, each[0]) for each in parts):
         raise InputError("the context's last token reaches into a question: begin questions with a space or line break")
-    sizes = sorted({(len(question), len(answer)) for _, question, answer in parts})
-    found: dict[str, dict[int, Answered]] = {name: {} for name in methods}
-    for size in sizes:
-        places = [place for place, (_, *rest) in enumerate(parts) if tuple(map(len, rest)) == size]
-        later = torch.stack([torch.cat(parts[place][1:])[:-1] for place in places])
-        for name, logits, usage in go_on(model, context, later, methods):
-            for row, place in zip(logits[:, size[0] - 1 :].float(), places, strict=True):
-                answer = parts[place][2]
-                nll = float(torch.nn.functional.cross_entropy(row, answer))
-                found[name][place] = Answered(bool((row.argmax(-1) == answer).all()), nll, place, usage)
-    return {name: [answers[place] for place in sorted(answers)] for name, answers in found.items()}
+    rows = [torch.cat([question, answer])[:-1] for _, question, answer in parts]
+    # Shorter rows are filled up at the end, where no query of theirs that counts sees it: the context is read once.
+    later = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(rows[0][-1]))
+    found: dict[str, list[Answered]] = {}
+    for name, logits, usage in go_on(model, context, later, methods):
+        found[name] = []
+        for place, (_, question, answer) in enumerate(parts):
+            row = logits[place, len(question) - 1 : len(rows[place])]
+            found[name].append(Answered(*exact_and_nll(row, answer), place, usage))
+    return found

@@ -4,14 +4,18 @@ Chunks are laid over the tokens of each row that are no padding, so that a padde
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from apportion.errors import InputError
+from apportion.keys.selection import KeySelection
 from apportion.keys.stores import Store, gather_tokens
+from apportion.models.key_memory import Step
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class ChunkTable:
         rule: how they were cut.
         lengths: tokens of each row's prompt, without padding.
         counts: chunks of each row.
-        means: of the chunks' keys as attention compares them.
+        means: of the chunks' keys as attention compares them; planar, see `label_scores`.
         candidates: chunks that may be selected: a row's own, and no outliers.
         outliers: their numbers in ascending order; the last one comes again where a row has fewer.
         order: the tokens of each row, padding last; None where there is no padding.
@@ -77,6 +81,14 @@ class ChunkTable:
         """The tokens of chunks, one chunk after the other; some tokens or other for chunks that a row has not."""
         return tokens_of(chunks, self.rule.size, self.order)
 
+    def of_lists(self, lists: int) -> "ChunkTable":
+        """For so many lists of chunks: one a key-value head, or one for each of its query heads."""
+        of_group = lists // self.candidates.shape[1]
+        if of_group == 1:
+            return self
+        candidates, outliers = (each.repeat_interleave(of_group, dim=1) for each in (self.candidates, self.outliers))
+        return replace(self, candidates=candidates, outliers=outliers)
+
     def grown(
         self, keys: Float[Tensor, "batch groups more size width"], real: Bool[Tensor, "batch all_tokens"]
     ) -> "ChunkTable":
@@ -87,7 +99,7 @@ class ChunkTable:
         means, candidates = torch.zeros_like(self.means[:, :, :1]), torch.zeros_like(self.candidates[:, :, :1])
         means = torch.cat([self.means, means.expand(-1, -1, more, -1)], dim=2)
         candidates = torch.cat([self.candidates, candidates.expand(-1, -1, more)], dim=2)
-        means.scatter_(2, places[..., None].expand(-1, -1, -1, width), _mean(keys))
+        means = _planar(means.scatter_(2, places[..., None].expand(-1, -1, -1, width), _mean(keys)))
         candidates.scatter_(2, places, True)
         order, counts = order_of(real), self.counts + more
         starts = _starts(counts * self.rule.size, real, order)
@@ -99,7 +111,7 @@ class ChunkTable:
             self.rule,
             self.lengths[rows],
             self.counts[rows],
-            self.means[rows],
+            _planar(self.means[rows]),
             self.candidates[rows],
             self.outliers[rows],
             None if self.order is None else self.order[rows],
@@ -113,8 +125,65 @@ class ChunkTable:
         return sum(each.numel() * each.element_size() for each in tensors if each is not None)
 
 
+class ChunkSelection(KeySelection):
+    """What one new token reads where nothing is padded: the outliers, some chunks, and all tokens that are in none.
+
+    Lists of tokens are made when somebody asks for them, which decoding does not.
+
+    Args:
+        table: of the chunks.
+        chunks: of each key-value head, ascending; the same number of them everywhere, and no outliers.
+        tail: the first token that is in no chunk, and behind the last one.
+    """
+
+    def __init__(self, table: ChunkTable, chunks: Int[Tensor, "batch groups chosen"], tail: tuple[int, int]) -> None:
+        # Set past the dataclass, which is frozen and whose fields are properties here.
+        self.__dict__.update(table=table, chunks=chunks, tail=tail)
+
+    table: ChunkTable
+    chunks: Int[Tensor, "batch groups chosen"]
+    tail: tuple[int, int]
+
+    @cached_property
+    def indices(self) -> Int[Tensor, "batch groups 1 chosen"]:  # type: ignore[override]
+        """See `KeySelection`."""
+        batch, groups = self.chunks.shape[:2]
+        tail = torch.arange(*self.tail, device=self.chunks.device).expand(batch, groups, -1)
+        of_chunks = (self.table.tokens(each) for each in (self.table.outliers, self.chunks))
+        return torch.cat([*of_chunks, tail], dim=-1)[:, :, None]
+
+    @cached_property
+    def kept(self) -> Bool[Tensor, "batch groups 1 chosen"]:  # type: ignore[override]
+        """See `KeySelection`: everything."""
+        return torch.ones_like(self.indices, dtype=torch.bool)
+
+    @property
+    @override
+    def lists(self) -> int:
+        return self.chunks.shape[1]
+
+    @property
+    @override
+    def total(self) -> int:
+        return self.chunks.shape[0] * self.chunks.shape[1] * (self.exact + self.in_chunks)
+
+    @property
+    def in_chunks(self) -> int:
+        """Tokens of the chosen chunks in each list."""
+        return self.chunks.shape[2] * self.table.rule.size
+
+    @property
+    def exact(self) -> int:
+        """All other tokens of each list."""
+        return self.table.outliers.shape[2] * self.table.rule.size + self.tail[1] - self.tail[0]
+
+
 class ChunkedStore(Store):
     """A store that keeps a table of chunks once it is closed."""
+
+    def attend(self, step: Step, selection: ChunkSelection) -> Float[Tensor, "batch heads 1 value_width"] | None:
+        """What the queries of a step read of a selection, without gathering it first; None where this cannot be."""
+        return None
 
     @property
     @abstractmethod
@@ -162,7 +231,7 @@ def divide(
     else:
         inside = gather_tokens(keys, order[:, None, : chunks * rule.size].expand(-1, groups, -1))
     inside = inside.reshape(batch, groups, chunks, rule.size, width)
-    means = _mean(inside)
+    means = _planar(_mean(inside))
     own = (torch.arange(chunks, device=keys.device) < counts[:, None])[:, None].expand(batch, groups, chunks)
     cosines = torch.nn.functional.cosine_similarity(inside.float(), means.float()[:, :, :, None], dim=-1).amin(-1)
     cosines = cosines.masked_fill(~own, torch.inf)
@@ -173,6 +242,10 @@ def divide(
     outliers = numbers.masked_fill(numbers == chunks, 0).cummax(-1).values if numbers.shape[-1] else numbers
     starts = _starts(counts * rule.size, real, order)
     return ChunkTable(rule, lengths, counts, means, candidates, outliers, order, starts)
+
+
+def _planar(means: Float[Tensor, "batch groups chunks width"]) -> Float[Tensor, "batch groups chunks width"]:
+    return means.transpose(2, 3).contiguous().transpose(2, 3)
 
 
 def _mean(keys: Float[Tensor, "batch groups chunks size width"]) -> Float[Tensor, "batch groups chunks width"]:

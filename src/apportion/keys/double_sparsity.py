@@ -38,12 +38,14 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.labels import LABEL_BITS, LabelTable
 from apportion.keys.selecting import SelectingMethod
+from apportion.keys.selection import KeySelection
 from apportion.keys.selectors import TopKeys, across_group, best_tokens, visible
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, encode_texts, part_of, watch_steps
 from apportion.models import LanguageModel
 from apportion.models.key_door import layer_facts, queries_of
 from apportion.models.key_memory import LayerFacts, Step
+from apportion.ops.key_choice import GROUPS
 
 STATISTICS = ("qk", "q", "k", "unrotated q")
 CHANNELS = ("head", "group")
@@ -112,6 +114,7 @@ class LabelSelector(TopKeys):
     ) -> None:
         super().__init__(budget, group)
         self.channels, self.labels = channels, LabelTable(bits, channels.shape[1])
+        self._places: dict[tuple[int, torch.device], Int[Tensor, " all_channels"]] = {}
         self._at_close = at_close
 
     @override
@@ -122,6 +125,17 @@ class LabelSelector(TopKeys):
     def close(self, store: Store) -> None:
         if self._at_close is not None:
             self._at_close(store.length)
+
+    @override
+    def select(self, step: Step, store: Store) -> KeySelection | None:
+        count = self.budget.tokens(store.length)
+        one = step.new == 1 and self.group in GROUPS and count < store.length
+        if not one or not bool(store.real.all()):
+            return super().select(step, store)
+        asked = self.pick_channels(step.queries)
+        groups = step.keys.shape[1]
+        chosen = self.labels.choose(asked, count, self.budget, groups, self.group if step.group > 1 else "head")
+        return KeySelection(chosen, torch.ones_like(chosen, dtype=torch.bool))
 
     @override
     def scores(self, step: Step, store: Store) -> Float[Tensor, "batch heads new tokens"]:
@@ -143,11 +157,25 @@ class LabelSelector(TopKeys):
         self, vectors: Float[Tensor, "batch rows new width"]
     ) -> Float[Tensor, "batch wanted new channels"]:
         """The chosen channels: a key has those of every row that reads it, a query those of its row."""
+        if vectors.shape[2] == 1:
+            return self._pick_of_one(vectors)
         channels = self.channels.to(vectors.device)
         wanted = max(len(channels), vectors.shape[1])
         vectors = vectors.repeat_interleave(wanted // vectors.shape[1], dim=1)
         channels = channels.repeat_interleave(wanted // len(channels), dim=0)
         return vectors.gather(3, channels[None, :, None].expand(len(vectors), -1, vectors.shape[2], -1))
+
+    def _pick_of_one(self, vectors: Float[Tensor, "batch rows 1 width"]) -> Float[Tensor, "batch wanted 1 channels"]:
+        """The same of one token: a step of decoding, where every operation counts."""
+        rows, width = vectors.shape[1], vectors.shape[3]
+        wanted = max(len(self.channels), rows)
+        key = rows, vectors.device
+        if key not in self._places:
+            channels = self.channels.to(vectors.device).repeat_interleave(wanted // len(self.channels), dim=0)
+            row = torch.arange(wanted, device=vectors.device) // (wanted // rows)
+            self._places[key] = (row[:, None] * width + channels).flatten()
+        picked = vectors.reshape(len(vectors), rows * width).index_select(1, self._places[key])
+        return picked.view(len(vectors), wanted, 1, -1)
 
 
 @dataclass(eq=False)

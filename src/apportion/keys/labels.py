@@ -4,7 +4,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apportion.errors import InputError
+from apportion.keys.budget import KeyBudget
 from apportion.keys.stores import Growing
+from apportion.ops.key_choice import choose_by_labels
 from apportion.ops.label_scores import BITS, label_scores, pack_labels, packed_label_scores, unpack_labels
 
 LABEL_BITS = (*BITS, 16)
@@ -54,6 +56,20 @@ class LabelTable:
         return packed_label_scores(
             rounded(queries, self.bits), self._of(self._labels), self._of(self._ranges), self.bits
         )
+
+    def choose(
+        self,
+        queries: Float[Tensor, "batch heads 1 channels"],
+        count: int,
+        budget: KeyBudget,
+        groups: int,
+        group: str,
+    ) -> Int[Tensor, "batch lists 1 chosen"]:
+        """The tokens with the best `scores` for one new token, without the scores; see `choose_by_labels`."""
+        ranges = None if self.bits == 16 else self._of(self._ranges)
+        forced = budget.sinks, budget.recent
+        table = (self._of(self._labels), ranges, self.bits)
+        return choose_by_labels(queries[:, :, 0], *table, count, *forced, groups, group)[:, :, None]
 
     def read(self) -> Float[Tensor, "batch rows tokens channels"]:
         """What the labels stand for."""

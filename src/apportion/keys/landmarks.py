@@ -9,10 +9,13 @@ from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
-from apportion.keys.chunks import ChunkedStore, ChunkTable
-from apportion.keys.selectors import KeySelection, Selector, visible
+from apportion.keys.chunks import ChunkedStore, ChunkSelection, ChunkTable
+from apportion.keys.selection import KeySelection
+from apportion.keys.selectors import Selector, visible
 from apportion.keys.stores import Store
 from apportion.models.key_memory import Step
+from apportion.ops.key_choice import choose_chunks
+from apportion.ops.label_scores import label_scores
 
 COUNTED, TURNS = ("selected", "all"), ("shared", "each")
 
@@ -83,6 +86,9 @@ class Landmarks(Selector):
         self._before: Int[Tensor, "batch groups most"] | None = None
         self._hits, self._asked = torch.zeros((), dtype=torch.long), 0
 
+    in_one_go = True
+    """Whether one token's choice is `choose_chunks`; False for who scores or agrees otherwise."""
+
     @property
     def hit_rate(self) -> float:
         """Share of the chunks selected for a token that were selected for the token before; NaN before two tokens."""
@@ -99,29 +105,51 @@ class Landmarks(Selector):
         table = self._table = store.table
         if table is None or self._budget.everything:
             return None
+        if self.in_one_go and step.new == 1 and table.order is None and bool(store.real.all()):
+            return self._select_one(step, store, table)
         seen = visible(step, store)
         tail = torch.arange(store.tail_start, store.length, device=seen.device)
         in_tail = seen[..., store.tail_start :] & (tail >= table.starts[:, None])[:, None]
         wanted = self._budget.chunks(table, seen.sum(-1), in_tail.sum(-1))
         if bool((wanted >= (table.counts - table.outlier_counts)[:, None]).all()):
             return None
-        chunks, kept = self._best(self.scores(step, table), table, wanted)
+        scores = self.scores(step, table)
+        table = table.of_lists(scores.shape[1])
+        chunks, kept = self._best(scores, table, wanted)
         if step.new == 1:
             self._compare(chunks[:, :, 0].masked_fill(~kept[:, :, 0], -1))
         return _lists(table, chunks, kept, tail, in_tail)
 
-    def scores(self, step: Step, table: ChunkTable) -> Float[Tensor, "batch groups asking chunks"]:
-        """How much the heads of each key-value head want each chunk; ``asking`` is 1 where a pass shares its choice."""
-        batch, heads, new, width = step.queries.shape
-        groups = table.means.shape[1]
-        queries = step.queries.view(batch, groups, heads // groups, new, width)
-        products = (queries @ table.means[:, :, None].transpose(-1, -2)).float() * step.scaling
-        if step.softcap is not None:
-            products = step.softcap * torch.tanh(products / step.softcap)
+    def _select_one(self, step: Step, store: ChunkedStore, table: ChunkTable) -> ChunkSelection | None:
+        """What one token reads where nothing is padded, so that all rows have as many chunks and see as many tokens."""
+        tail = store.tail_start, store.length
+        seen, later = (torch.full_like(table.counts, each)[:, None] for each in (tail[1], tail[1] - tail[0]))
+        wanted = int(self._budget.chunks(table, seen, later)[0, 0])
+        if wanted >= table.means.shape[2] - table.outliers.shape[2]:
+            return None
+        given = (table.means, table.candidates, wanted, step.scaling, step.softcap)
+        chunks = choose_chunks(step.queries[:, :, 0], *given)
+        self._compare(chunks)
+        return ChunkSelection(table, chunks, tail)
+
+    def scores(self, step: Step, table: ChunkTable) -> Float[Tensor, "batch lists asking chunks"]:
+        """How much each list's heads want each chunk; ``asking`` is 1 where a pass shares its choice."""
+        products = self.products(step, table).unflatten(1, (table.means.shape[1], -1))
         products = products.masked_fill(~table.candidates[:, :, None, None], -torch.inf)
         weights = products.softmax(-1).nan_to_num(0.0)
         if self._turn == "shared":
             weights = (weights * step.real[:, None, None, :, None]).sum(3, keepdim=True)
+        return self.agree(weights)
+
+    def products(self, step: Step, table: ChunkTable) -> Float[Tensor, "batch heads new chunks"]:
+        """Of queries and landmarks, as they go into the softmax."""
+        products = label_scores(step.queries, table.means) * step.scaling
+        return products if step.softcap is None else step.softcap * torch.tanh(products / step.softcap)
+
+    def agree(
+        self, weights: Float[Tensor, "batch groups heads_of_group asking chunks"]
+    ) -> Float[Tensor, "batch lists asking chunks"]:
+        """What the heads of a key-value head make of their weights: one list for all."""
         return weights.amax(2)
 
     @override
@@ -137,17 +165,21 @@ class Landmarks(Selector):
         scores: Float[Tensor, "batch groups asking chunks"], table: ChunkTable, wanted: Int[Tensor, "batch new"]
     ) -> tuple[Int[Tensor, "batch groups new most"], Bool[Tensor, "batch groups new most"]]:
         scores = scores.masked_fill(~table.candidates[:, :, None], -1.0)
-        best = scores.topk(min(scores.shape[-1], int(wanted.max())), dim=-1)
-        rank = torch.arange(best.indices.shape[-1], device=scores.device)
-        kept = (best.values >= 0) & (rank < wanted[:, None, :, None])
-        return best.indices.expand_as(kept), kept
+        # In a stable order, so that of equal chunks the earlier ones win.
+        best = scores.sort(dim=-1, descending=True, stable=True)
+        most = min(scores.shape[-1], int(wanted.max()))
+        kept = (best.values[..., :most] >= 0) & (torch.arange(most, device=scores.device) < wanted[:, None, :, None])
+        return best.indices[..., :most].expand_as(kept), kept
 
     def _compare(self, chunks: Int[Tensor, "batch groups most"]) -> None:
-        if self._before is not None and self._before.shape[0] == chunks.shape[0]:
-            again = (chunks[..., None] == self._before[..., None, :]).any(-1) & (chunks >= 0)
+        """Count the chunks that were chosen before too; -1 is no chunk."""
+        before = self._before
+        if before is not None and before.shape[0] == chunks.shape[0] and before.shape[2]:
+            slots = torch.searchsorted(before, chunks).clamp_max(before.shape[2] - 1)
+            again = (before.gather(2, slots) == chunks) & (chunks >= 0)
             self._hits = self._hits.to(chunks.device) + again.sum()
             self._asked += int((chunks >= 0).sum())
-        self._before = chunks
+        self._before = chunks.sort(-1).values
 
 
 def _lists(

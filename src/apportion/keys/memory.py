@@ -9,7 +9,9 @@ from typing_extensions import override
 
 from apportion.errors import InputError
 from apportion.keys.budget import Usage
-from apportion.keys.selectors import KeySelection, Selector
+from apportion.keys.chunks import ChunkedStore, ChunkSelection
+from apportion.keys.selection import KeySelection
+from apportion.keys.selectors import Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 from apportion.ops.attend import attend, attend_masked, attend_selected
@@ -69,8 +71,14 @@ class ComposedMemory(LayerMemory):
         chooses = self.selector is not None and (self.store.closed or self.prompt == "selected")
         selection = self.selector.select(step, self.store) if chooses else None  # type: ignore[union-attr]
         self.newest_selection = selection
+        if isinstance(selection, ChunkSelection) and isinstance(self.store, ChunkedStore):
+            mixed = self.store.attend(step, selection)
+            if mixed is not None:
+                self._account(step, selection)
+                return mixed
         common = None
-        if selection is not None and selection.indices.shape[1] == self.facts.groups:
+        ready = self.store.lies_ready and step.new == 1
+        if selection is not None and not ready and selection.indices.shape[1] == self.facts.groups:
             common = selection.common()
         queries = self.store.queries(step.queries)
         if selection is None:
@@ -82,7 +90,7 @@ class ComposedMemory(LayerMemory):
             keys, values = self.store.read(common)
             tokens = torch.arange(keys.shape[2], device=keys.device).expand(*selection.indices.shape)
             mixed = attend_selected(queries, keys, values, tokens, selection.kept, step.scaling, step.softcap)
-        elif step.new * selection.indices.shape[-1] > self.store.length:
+        elif not ready and step.new * selection.indices.shape[-1] > self.store.length:
             # Many queries, whose lists are together longer than what is stored: it is read once, under a mask.
             keys, values = self.store.read()
             mask = selection.mask(self.store.length)
@@ -124,10 +132,8 @@ class ComposedMemory(LayerMemory):
         self.usage.keys_there += there
         self.usage.bytes_dense += plain
         if selection is not None and self.selector is not None:
-            kept = int(selection.kept.sum())
-            self.usage.keys_read += kept * (heads // selection.indices.shape[1])
-            chosen = (selection.indices, selection.kept)
-            self.usage.bytes_read += self.store.bytes_of_lists(*chosen, self.facts.groups)
+            self.usage.keys_read += selection.total * (heads // selection.lists)
+            self.usage.bytes_read += self.store.bytes_of_selection(selection, self.facts.groups)
             self.usage.bytes_read += self.selector.bytes_scanned()
         else:
             self.usage.keys_read += batch * heads * step.new * self.store.length

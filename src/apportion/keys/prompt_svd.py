@@ -13,10 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from apportion.keys.chunks import ChunkedStore, ChunkRule, ChunkTable, divide, order_of, tokens_of
+from apportion.keys.chunks import ChunkedStore, ChunkRule, ChunkSelection, ChunkTable, divide, order_of, tokens_of
+from apportion.keys.selection import KeySelection
 from apportion.keys.slow_memory import KeptTokens, SlowTokens, put, true_places
 from apportion.keys.stores import Growing, Rotations, gather_tokens
 from apportion.models.key_memory import Rotation, Step
+from apportion.ops.chunk_attend import attend_chunks
 from apportion.ops.low_rank_keys import low_rank_keys
 
 
@@ -138,6 +140,23 @@ class PromptSVDStore(ChunkedStore):
             return keys, values
         return self._read_some(now, tokens)
 
+    @override
+    def attend(self, step: Step, selection: ChunkSelection) -> Float[Tensor, "batch heads 1 value_width"] | None:
+        now, size = self._compressed, self._rule.size
+        wants_gradient = step.queries.requires_grad or self._keys.view.requires_grad
+        if now is None or (wants_gradient and torch.is_grad_enabled()):
+            return None
+        values = now.values.where_they_are(selection.chunks * size, size)
+        if values is None:
+            return None
+        self.bytes_moved = now.values.moved
+        turned = self._rotation()
+        angles = (None, None) if turned is None else (turned.cos, turned.sin)
+        keys = (now.factors, now.basis, *angles, values)
+        exact = [now.outlier_keys, self._keys.view], [now.outlier_values, self._values.view]
+        limits = step.scaling, step.softcap
+        return attend_chunks(step.queries[:, :, 0], selection.chunks, size, *keys, *exact, *limits)[:, :, None]
+
     def _read_some(self, now: "_Compressed", tokens: Tensor) -> tuple[Tensor, Tensor]:
         in_tail = (tokens - self.tail_start).clamp_min(0)
         keys, values = gather_tokens(self._keys.view, in_tail), gather_tokens(self._values.view, in_tail)
@@ -189,6 +208,14 @@ class PromptSVDStore(ChunkedStore):
             rest = (tokens < self.tail_start) & ~now.outlier_slots(tokens)[1] & kept
         rebuilt = int(rest.sum())
         return (int(kept.sum()) - rebuilt) * self._of_exact + rebuilt * self._of_rebuilt + batch * self._of_basis
+
+    @override
+    def bytes_of_selection(self, selection: KeySelection, groups: int) -> int:
+        if not isinstance(selection, ChunkSelection):
+            return super().bytes_of_selection(selection, groups)
+        of_list = selection.exact * self._of_exact + selection.in_chunks * self._of_rebuilt
+        batch, lists = selection.chunks.shape[:2]
+        return batch * (lists * of_list + self._of_basis)
 
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:

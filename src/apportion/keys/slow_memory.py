@@ -34,6 +34,20 @@ class KeptTokens:
         """The vectors of all tokens."""
         return self._content
 
+    def where_they_are(
+        self, starts: Int[Tensor, "batch groups runs"], size: int
+    ) -> Float[Tensor, "batch groups tokens width"] | None:
+        """The vectors of all tokens, for who will read runs of ``size`` consecutive ones in place.
+
+        Args:
+            starts: of the runs, ascending and none of them overlapping; all are accounted as read.
+            size: tokens of a run.
+
+        Returns:
+            None, and nothing accounted, where they must be fetched first.
+        """
+        return self._content
+
     def append(self, content: Float[Tensor, "batch groups more width"]) -> None:
         """Add tokens at the end."""
         self._content = torch.cat([self._content, content], dim=2)
@@ -72,21 +86,34 @@ class SlowTokens(KeptTokens):
     def read(
         self, tokens: Int[Tensor, "batch groups some"], wanted: Bool[Tensor, "batch groups some"]
     ) -> Float[Tensor, "batch groups some width"]:
-        there = torch.zeros_like(wanted)
-        found = self._resident.new_zeros(*tokens.shape, self._resident.shape[-1])
-        if self._resident.shape[2]:
-            slots = torch.searchsorted(self._tokens, tokens.contiguous()).clamp_max(self._tokens.shape[-1] - 1)
-            there = self._tokens.gather(2, slots) == tokens
-            found = gather_tokens(self._resident, slots)
+        slots, there = self._slots(tokens)
         missing = wanted & ~there
+        if self._is_one_memory:
+            self._account(missing)
+            self._tokens = tokens.masked_fill(~wanted, 2**62).sort(-1).values
+            return gather_tokens(self._content, tokens)
+        found = self._resident.new_zeros(*tokens.shape, self._resident.shape[-1])
+        if slots is not None:
+            found = gather_tokens(self._resident, slots)
         places = true_places(missing)
         fetched = gather_tokens(self._content, tokens.gather(2, places).to(self._content.device)).to(self._device)
         found = put(found, places, missing, fetched)
-        self.moved += int(missing.sum()) * found.shape[-1] * found.element_size()
+        self._account(missing)
         # Tokens that were not wanted count as later than all.
         self._tokens, order = tokens.masked_fill(~wanted, 2**62).sort(-1)
         self._resident = gather_tokens(found, order)
         return found
+
+    @override
+    def where_they_are(
+        self, starts: Int[Tensor, "batch groups runs"], size: int
+    ) -> Float[Tensor, "batch groups tokens width"] | None:
+        if not self._is_one_memory:
+            return None
+        tokens = (starts[..., None] + torch.arange(size, device=starts.device)).flatten(2)
+        self._account(~self._slots(tokens)[1])
+        self._tokens = tokens
+        return self._content
 
     @override
     def all(self) -> Float[Tensor, "batch groups tokens width"]:
@@ -110,7 +137,24 @@ class SlowTokens(KeptTokens):
     @override
     @property
     def bytes(self) -> int:
-        return self.bytes_slow + self._resident.numel() * self._resident.element_size()
+        return self.bytes_slow + self._tokens.numel() * self._content.shape[-1] * self._content.element_size()
+
+    @property
+    def _is_one_memory(self) -> bool:
+        """Whether slow memory is where everything is: then nothing stays beside it but the account of what would."""
+        return self._content.device == self._device
+
+    def _slots(
+        self, tokens: Int[Tensor, "batch groups some"]
+    ) -> tuple[Int[Tensor, "batch groups some"] | None, Bool[Tensor, "batch groups some"]]:
+        """Where tokens stand among the resident ones (None without any), and whether they do."""
+        if not self._tokens.shape[2]:
+            return None, torch.zeros_like(tokens, dtype=torch.bool)
+        slots = torch.searchsorted(self._tokens, tokens.contiguous()).clamp_max(self._tokens.shape[-1] - 1)
+        return slots, self._tokens.gather(2, slots) == tokens
+
+    def _account(self, missing: Bool[Tensor, "batch groups some"]) -> None:
+        self.moved += int(missing.sum()) * self._content.shape[-1] * self._content.element_size()
 
     def _away(self, content: Tensor) -> Tensor:
         return content.cpu().pin_memory() if self._device.type == "cuda" else content

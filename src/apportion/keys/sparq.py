@@ -32,7 +32,8 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.selecting import SelectingMethod
-from apportion.keys.selectors import KeySelection, TopKeys, visible
+from apportion.keys.selection import KeySelection
+from apportion.keys.selectors import TopKeys, visible
 from apportion.keys.stores import Store
 from apportion.models.key_memory import LayerFacts, Step
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from apportion.keys.selection import KeySelection
 from apportion.models.key_memory import Rotation, Step
 
 
@@ -78,6 +79,8 @@ class Store(ABC):
     """
 
     closed = False
+    lies_ready = False
+    """Whether `read` of everything costs nothing: keys and values lie as attention reads them."""
     bytes_moved = 0
     """What reading has fetched from slow memory so far."""
 
@@ -127,6 +130,10 @@ class Store(ABC):
         """What reading some lists of tokens touches: a list is read once, be it one head's or a key-value head's."""
         return self.bytes_of(1) * int(kept.sum()) // groups
 
+    def bytes_of_selection(self, selection: KeySelection, groups: int) -> int:
+        """The same of a selection."""
+        return self.bytes_of_lists(selection.indices, selection.kept, groups)
+
     def queries(self, queries: Float[Tensor, "batch heads new width"]) -> Float[Tensor, "batch heads new key_width"]:
         """The queries in the space of the stored keys."""
         return queries
@@ -138,6 +145,8 @@ class Store(ABC):
 
 class ExactStore(Store):
     """Every key and value as it came: a plain cache."""
+
+    lies_ready = True
 
     def __init__(self) -> None:
         self.keys, self.values, self._real = Growing(2), Growing(2), Growing(1)

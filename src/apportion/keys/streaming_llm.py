@@ -22,7 +22,8 @@ from apportion.keys.budget import KeyBudget
 from apportion.keys.eviction import keep_best
 from apportion.keys.memory import ComposedMemory
 from apportion.keys.method import KeyMethod
-from apportion.keys.selectors import KeySelection, Selector, visible
+from apportion.keys.selection import KeySelection
+from apportion.keys.selectors import Selector, visible
 from apportion.keys.stores import ExactStore, Store
 from apportion.models.key_memory import LayerFacts, LayerMemory, Step
 

@@ -6,15 +6,20 @@ where it is differentiable, a registered gradient. On devices without a kernel o
 
 from apportion.ops.adam import adam_step_, project_rows_
 from apportion.ops.attend import attend_selected
+from apportion.ops.chunk_attend import attend_chunks
 from apportion.ops.csr import csr_matmul, csr_sampled_product, csr_transposed_matmul
 from apportion.ops.encode import encode_select
+from apportion.ops.key_choice import choose_by_labels, choose_chunks
 from apportion.ops.label_scores import label_scores, pack_labels, packed_label_scores, unpack_labels
 from apportion.ops.low_rank_keys import low_rank_keys
 from apportion.ops.select import select_above, select_columns, select_rows, select_total
 
 __all__ = [
     "adam_step_",
+    "attend_chunks",
     "attend_selected",
+    "choose_by_labels",
+    "choose_chunks",
     "csr_matmul",
     "csr_sampled_product",
     "csr_transposed_matmul",

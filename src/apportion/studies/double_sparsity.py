@@ -2,14 +2,16 @@
 
 Four parts, all on SmolLM2 at equal keys read. *Trace*: the share of attention weight on the tokens that a scorer reads,
 and the error of the attention output, in some layers, for the last queries of texts. *Text*: the loss where every
-query from the third layer on reads T keys. *Needles*: answers after a context that was read densely, at the paper's
-1/16 of tokens and 1/16 of label bits. *Prefetch*: how many tokens of a layer are guessed one layer before.
+query from the third layer on reads T keys. *Retrieval*: a number asked for of a context that was read densely, at the
+paper's 1/16 of tokens and 1/16 of label bits, and at 1/8 of tokens. *Prefetch*: how many tokens of a layer are guessed
+one layer before.
 
 Channels and directions are fitted on other documents than those that are judged on. Nothing is tuned: T, r and bits
 are the sheet's. The thresholds below are the pilot's of the method sheet, rounded, and were written down before the
 first run: 0.02 of attention weight for 4 bits and for calibration on other text, 0.05 to SparQ. A first run had four
 needles a prompt, of which dense attention found 9 of 12, too few to judge by: since then there is one. The claim about
-output errors at r=4 was added after it, and does not count.
+output errors at r=4 was added after it, and does not count. A second had 12 prompts of 250 words, of which dense
+attention and Double Sparsity found the same 11; the length of the 51 there are now was chosen by dense attention alone.
 """
 
 import random
@@ -26,9 +28,9 @@ from torch import Tensor
 from apportion.data import corpus
 from apportion.data.tasks.shared_context import needles
 from apportion.keys import (
+    ComposedMemory,
     DoubleSparsity,
     KeyBudget,
-    KeyMethod,
     Loki,
     OracleKeys,
     Quest,
@@ -40,9 +42,11 @@ from apportion.keys import (
     compare_on_trace,
     record_trace,
 )
+from apportion.keys.branches import ask_all
 from apportion.keys.double_sparsity import STATISTICS, ChannelStatistics, prefetch_hit_rate
 from apportion.keys.loki import KeyCovariance
-from apportion.keys.scoring import score_answers
+from apportion.keys.memory import MakeComposed
+from apportion.keys.scoring import Answered
 from apportion.models import LanguageModel, load
 from apportion.models.key_door import layer_facts
 from apportion.studies.finding import Comparison, Finding, Scale, collect_rows
@@ -61,6 +65,9 @@ BASELINE = (
 Measured = dict[str, dict[str, list[float]]]
 # Layers that read everything under every method: what the paper leaves dense.
 _DENSE = DoubleSparsity.dense_layers
+# What may keep what dense attention finds.
+_OWN = "Double Sparsity"
+_RETRIEVING = (_OWN, "Quest", "oracle")
 _SINKS, _SPARQ, _RANDOM = "sinks and recent", "SparQ", "random channels"
 # Needles count towards the verdict from so many prompts on, where dense attention finds so many of them.
 _PROMPTS, _SOLVED = 50, 0.8
@@ -80,8 +87,9 @@ class _Size:
     loss_texts: int = 1
     loss_tokens: int = 512
     loss_keys: tuple[int, ...] = (32,)
-    prompts: int = 4
-    words: tuple[int, ...] = (250,)  # of prose in a prompt
+    prompts: int = 17
+    words: tuple[int, ...] = (350,)  # of prose in a prompt
+    shares: tuple[float, ...] = (1 / 16, 1 / 8)  # of the keys, read after a prompt
 
 
 _SIZES: dict[Scale, _Size] = {
@@ -107,11 +115,11 @@ _SIZES: dict[Scale, _Size] = {
         loss_texts=5,
         loss_tokens=1024,
         loss_keys=(32, 64, 128),
-        prompts=17,
-        words=(250, 600, 1200),
+        prompts=34,
+        words=(350, 600, 1200),
     ),
 }
-_SIZES["gpu"] = replace(_SIZES["long"], calibration=64, words=(600, 2400), prompts=34)
+_SIZES["gpu"] = replace(_SIZES["long"], calibration=64, words=(600, 2400))
 
 
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
@@ -127,7 +135,7 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
             for part, measure in (
                 ("trace", trial.on_traces),
                 ("text", trial.losses),
-                ("needles", trial.answers),
+                ("retrieval", trial.answers),
                 ("prefetch", trial.guesses),
             ):
                 for name, figures in bench.measure(f"{part}, seed {seed}", [asdict(size), seed], measure).items():
@@ -199,20 +207,25 @@ class _Trial:
         return found
 
     def answers(self) -> dict[str, dict[str, float]]:
-        """Needles in prose found by dense attention and by three ways to read 1/16 of it."""
-        found = {}
+        """Needles in prose found by dense attention and by every way to read few keys of it."""
+        answered: dict[str, list[Answered]] = defaultdict(list)
         for words in self.size.words:
-            tasks = needles(self.size.prompts, filler=self.prose, words=words, keys=1, seed=self.seed)
-            every = self._methods(KeyBudget(share=1 / 16), prompt="dense")
-            methods: dict[str, KeyMethod | None] = {"dense": None}
-            methods |= {name: every[name] for name in ("Double Sparsity", _SINKS)}
-            for name, method in methods.items():
-                answered = score_answers(self.lm, tasks, method)
-                found[f"needles in {words} words: {name}"] = {
-                    "found": sum(each.exact for each in answered) / len(answered),
-                    "answer loss": sum(each.nll for each in answered) / len(answered),
-                }
-        return found
+            makers: dict[str, MakeComposed] = {f"needles in {words} words: dense": ComposedMemory}
+            for share in self.size.shares:
+                methods = self._methods(KeyBudget(share=share), prompt="dense")
+                methods["random keys"] = RandomKeyChoice(KeyBudget(share=share), dense_layers=_DENSE)
+                for name in (*_RETRIEVING, _SINKS, "random keys"):
+                    makers[f"{_needles(words, share)}: {name}"] = methods[name].memory
+            for task in needles(self.size.prompts, filler=self.prose, words=words, keys=1, seed=self.seed):
+                for name, answers in ask_all(self.lm, task, makers).items():
+                    answered[name] += answers
+        return {
+            name: {
+                "found": sum(each.exact for each in answers) / len(answers),
+                "answer loss": sum(each.nll for each in answers) / len(answers),
+            }
+            for name, answers in answered.items()
+        }
 
     def guesses(self) -> dict[str, dict[str, float]]:
         """The share of a layer's tokens that were guessed one layer before."""
@@ -223,7 +236,7 @@ class _Trial:
         rates = prefetch_hit_rate(self.lm, trace, method, queries=size.queries)
         return {f"prefetch: layer {layer}": {"guessed": rates[layer]} for layer in size.pairs}
 
-    def _methods(self, budget: KeyBudget, prompt: str) -> dict[str, KeyMethod]:
+    def _methods(self, budget: KeyBudget, prompt: str) -> dict[str, SelectingMethod]:
         """What is put into the model."""
         shared: dict[str, Any] = {"budget": budget, "prompt": prompt}
         return {
@@ -360,20 +373,22 @@ def _claims(size: _Size, seeds: int, measured: Measured) -> list[Comparison]:
             for other, counted in ((_SINKS, True), (_RANDOM, True), ("Quest", False), (_SPARQ, False))
         ]
     for words in size.words:
-        where = f"needles in {words} words"
-        dense, own, sinks = (of(f"{where}: {name}", "found") for name in ("dense", "Double Sparsity", _SINKS))
-        solved = float(dense.mean()) >= _SOLVED
-        counted = solved and size.prompts * seeds >= _PROMPTS
-        if solved:
-            claims.append(
-                (
-                    f"{where}: keeps more than 95 % of what dense attention finds",
-                    own / dense.clamp_min(1e-9) - 0.95,
-                    counted,
-                )
-            )
-            claims.append((f"{where}: finds more than sinks and recent tokens", own - sinks, counted))
+        dense = of(f"needles in {words} words: dense", "found")
+        if float(dense.mean()) < _SOLVED:
+            continue
+        for share in size.shares:
+            where, counted = _needles(words, share), share == 1 / 16 and size.prompts * seeds >= _PROMPTS
+            for name in _RETRIEVING:
+                kept = of(f"{where}: {name}", "found") / dense.clamp_min(1e-9) - 0.95
+                claim = f"{where}: {name} keeps more than 95 % of what dense attention finds"
+                claims.append((claim, kept, counted and name == _OWN))
+            margin = of(f"{where}: {_OWN}", "found") - of(f"{where}: {_SINKS}", "found")
+            claims.append((f"{where}: {_OWN} finds more than sinks and recent tokens", margin, counted))
     return [Comparison.positive(claim, margin.tolist(), part_of_verdict=counted) for claim, margin, counted in claims]
+
+
+def _needles(words: int, share: float) -> str:
+    return f"needles in {words} words, {share:.2%} of the keys"
 
 
 def _on_trace(of: Callable[[str, str], Tensor], keys: int, metric: str, name: str) -> Tensor:
@@ -394,8 +409,9 @@ def _notes(size: _Size, seeds: int) -> list[str]:
         "In SmolLM2 a head has 64 channels: r=4 is 1/16 of the channels at 16 bits, r=16 at 4 bits is 1/16 by bits. "
         "The 8 bytes a label of its minimum and step are not in these figures. With 9 query and 3 key-value heads, "
         "labels of each query head are three times as many as keys.",
-        f"Needles: {size.prompts * seeds} prompts of one needle at each length; they count from {_PROMPTS} prompts "
-        f"on, where dense attention finds at least {_SOLVED:.0%}.",
+        f"Retrieval: {size.prompts * seeds} prompts of one needle at each length; question and answer read few keys in "
+        f"every layer from the third on. At 1/16 it counts from {_PROMPTS} prompts on, where dense attention finds at "
+        f"least {_SOLVED:.0%}. Answers are teacher-forced, so found is what greedy decoding would have written.",
         "In the model, SparQ and random channels have r=16 at 16 bits; SparQ has no mean value.",
         "Everything is kept by all of these methods: they save reads, not bytes.",
     ]

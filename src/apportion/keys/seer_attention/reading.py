@@ -8,7 +8,8 @@ from typing_extensions import override
 from apportion.keys.blocks import BlockGrid, BlockScorer, blocks_there, pool_blocks
 from apportion.keys.budget import KeyBudget
 from apportion.keys.seer_attention.gate import Gate, GateShape, mixed_queries
-from apportion.keys.selectors import KeySelection, Selector, visible
+from apportion.keys.selection import KeySelection
+from apportion.keys.selectors import Selector, visible
 from apportion.keys.stores import Growing, Store
 from apportion.models.key_memory import Step
 

@@ -99,6 +99,10 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     if bits not in BITS:
         raise InputError(f"bits={bits}: labels are packed in {', '.join(map(str, BITS))} bits; keep 16 unpacked")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        from apportion.ops.label_scores import cpu
+
+        return cpu.pack_labels(labels, bits)
     return reference.pack_labels(labels, bits)
 
 

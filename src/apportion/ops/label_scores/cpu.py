@@ -108,6 +108,47 @@ def _packed_label_scores(queries, channels, codes, code_steps, ranges, range_ste
                 scores[token] = total * lows[token] + widths[token] * scores[token]
 
 
+@numba.njit(cache=True)
+@no_type_check
+def pack_label(label, bits, codes):
+    """The codes of one label into zeroed bytes; its minimum and step. In the arithmetic of the reference."""
+    top, least = np.float32(2**bits - 1), np.float32(np.finfo(np.float32).tiny)
+    low, high = label.min(), label.max()
+    step = high / top - low / top
+    in_byte = 8 // bits
+    for channel in range(label.shape[0]):
+        code = np.rint((label[channel] - low) / max(step, least))
+        code = np.uint8(min(max(code, np.float32(0.0)), top))
+        codes[channel // in_byte] |= code << np.uint8(channel % in_byte * bits)
+    return low, step
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _pack_labels(labels, bits, codes, ranges):
+    for label in numba.prange(labels.shape[0]):
+        codes[label] = 0
+        ranges[label, 0], ranges[label, 1] = pack_label(labels[label], bits, codes[label])
+
+
+def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """See ``apportion.ops.label_scores.pack_labels``."""
+    if labels.numel() == 0:
+        return reference.pack_labels(labels, bits)
+    wide = labels.detach().float().contiguous()
+    channels = wide.shape[-1]
+    codes = torch.empty(*wide.shape[:-1], -(-channels * bits // 8), dtype=torch.uint8)
+    ranges = torch.empty(*wide.shape[:-1], 2)
+    with matching_threads():
+        _pack_labels(
+            wide.view(-1, channels).numpy(),
+            bits,
+            codes.view(-1, codes.shape[-1]).numpy(),
+            ranges.view(-1, 2).numpy(),
+        )
+    return codes, ranges
+
+
 def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
     """See ``apportion.ops.label_scores.label_scores``."""
     batch, heads, new, channels = queries.shape

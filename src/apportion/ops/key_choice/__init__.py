@@ -1,0 +1,129 @@
+"""Which tokens, or chunks of tokens, one new token reads: scored, agreed upon and selected in one go.
+
+The same as `label_scores`, an agreement of the heads and `select_rows` one after the other, bit for bit, without their
+way through the dispatcher, which takes longer than the work where a context has some thousands of tokens.
+Without gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from apportion.errors import InputError
+from apportion.ops.key_choice import reference
+
+__all__ = ["GROUPS", "choose_by_labels", "choose_chunks"]
+
+GROUPS = ("head", "max", "mean")
+
+
+@torch.library.custom_op("apportion::choose_by_labels", mutates_args=())
+def choose_by_labels(
+    queries: Tensor,
+    labels: Tensor,
+    ranges: Tensor | None,
+    bits: int,
+    count: int,
+    sinks: int,
+    recent: int,
+    groups: int,
+    group: str,
+) -> Tensor:
+    """The tokens whose labels have the largest products with the queries of one token; of equals the earlier ones.
+
+    Args:
+        queries: [batch, heads, channels], in the labels' channels; rounded here as packed labels are.
+        labels: [batch, rows, tokens, channels], or codes of `pack_labels`, [batch, rows, tokens, packed]; rows are
+            heads, or key-value heads whose query heads share labels. Fastest planar, see `label_scores`.
+        ranges: of `pack_labels`; None where labels are not packed.
+        bits: of a code.
+        count: tokens of a list, at most as many as there are.
+        sinks: first tokens that are in every list.
+        recent: newest tokens that are in every list. Together at most ``count``.
+        groups: key-value heads.
+        group: whose lists: ``head``: each head's own; ``max``, ``mean``: of a key-value head, by its heads' scores.
+
+    Returns:
+        int64 [batch, heads or groups, count], in ascending order.
+    """
+    _check(group)
+    return reference.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
+
+
+@choose_by_labels.register_kernel("cpu")
+def _(
+    queries: Tensor,
+    labels: Tensor,
+    ranges: Tensor | None,
+    bits: int,
+    count: int,
+    sinks: int,
+    recent: int,
+    groups: int,
+    group: str,
+) -> Tensor:
+    from apportion.ops.key_choice import cpu
+
+    _check(group)
+    return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
+
+
+@choose_by_labels.register_fake
+def _(
+    queries: Tensor,
+    labels: Tensor,
+    ranges: Tensor | None,
+    bits: int,
+    count: int,
+    sinks: int,
+    recent: int,
+    groups: int,
+    group: str,
+) -> Tensor:
+    lists = queries.shape[1] if group == "head" else groups
+    return queries.new_empty(queries.shape[0], lists, count, dtype=torch.int64)
+
+
+@torch.library.custom_op("apportion::choose_chunks", mutates_args=())
+def choose_chunks(
+    queries: Tensor,
+    means: Tensor,
+    candidates: Tensor,
+    count: int,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """The chunks whose mean keys some head of a key-value head wants most, as a softmax over the candidates says.
+
+    Args:
+        queries: [batch, heads, width].
+        means: [batch, groups, chunks, width]. Fastest planar, see `label_scores`.
+        candidates: bool [batch, groups, chunks], at least ``count`` of them in each list; no other chunk is chosen.
+        count: chunks of a list.
+        scaling: of the products.
+        softcap: products become ``softcap * tanh(product / softcap)``; None for none.
+
+    Returns:
+        int64 [batch, groups, count], in ascending order; of equal chunks the earlier ones.
+    """
+    return reference.choose_chunks(queries, means, candidates, count, scaling, softcap)
+
+
+@choose_chunks.register_kernel("cpu")
+def _(
+    queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
+) -> Tensor:
+    from apportion.ops.key_choice import cpu
+
+    return cpu.choose_chunks(queries, means, candidates, count, scaling, softcap)
+
+
+@choose_chunks.register_fake
+def _(
+    queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
+) -> Tensor:
+    return queries.new_empty(*means.shape[:2], count, dtype=torch.int64)
+
+
+def _check(group: str) -> None:
+    if group not in GROUPS:
+        raise InputError(f"group={group!r}: one of {', '.join(GROUPS)}")
