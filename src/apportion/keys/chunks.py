@@ -86,8 +86,9 @@ class ChunkTable:
         of_group = lists // self.candidates.shape[1]
         if of_group == 1:
             return self
-        candidates, outliers = (each.repeat_interleave(of_group, dim=1) for each in (self.candidates, self.outliers))
-        return replace(self, candidates=candidates, outliers=outliers)
+        tables = (self.means, self.candidates, self.outliers)
+        means, candidates, outliers = (each.repeat_interleave(of_group, dim=1) for each in tables)
+        return replace(self, means=means, candidates=candidates, outliers=outliers)
 
     def grown(
         self, keys: Float[Tensor, "batch groups more size width"], real: Bool[Tensor, "batch all_tokens"]

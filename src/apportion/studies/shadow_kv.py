@@ -459,7 +459,8 @@ def _notes(size: _Size, seeds: list[int], chosen: Mapping[str, Mapping[str, str]
         f"{size.queries} queries each. Everything that is read counts as T: outliers, the prompt's end, later tokens. "
         "ShadowKV's keys are rebuilt from rank 30 of 192. Page bounds choose for each query head, ShadowKV for each "
         "key-value head.",
-        f"Settings chosen on other texts, out of three or four each: by output error, for needles by answer NLL: {settings}.",
+        "Settings chosen on other texts, out of three or four each: by output error, for needles by answer NLL: "
+        f"{settings}.",
         f"Retrieval: contexts of {prompts}, {size.contexts * len(seeds)} of each, a needle in each, asked for after "
         "the context was compressed; answers are teacher-forced, so exact match is greedy decoding's. It counts from "
         f"{_PROMPTS} prompts on, where dense attention answers {_SOLVED}. The prose comes from documents of the same "
