@@ -68,14 +68,14 @@ def test_parts_are_what_they_are_called() -> None:
 def test_the_smoke_run_measures_everything() -> None:
     finding = shadow_kv.run("smoke", [0], Workbench())
     found = {(row.name, row.metric): row for row in finding.rows}
-    for name in (shadow_kv._OURS, shadow_kv._BARE, shadow_kv._PAGES, shadow_kv._WINDOW, shadow_kv._EACH, "random"):
+    for name in (shadow_kv.OURS, shadow_kv.BARE, shadow_kv.PAGES, shadow_kv.WINDOW, shadow_kv.EACH, "random"):
         assert found[f"selection, T=64: {name}", "mass"].n == 1
         assert found[f"likelihood, T=64: {name}", "NLL above dense"].n == 1
         assert found[f"selection, T=64: {name}", "keys read"].mean <= 64
     cell = "needles, 60 words, 50.00% of keys"
-    for name in (shadow_kv._OURS, shadow_kv._BESIDE, shadow_kv._PAGES, shadow_kv._WINDOW, "random"):
+    for name in (shadow_kv.OURS, shadow_kv.BESIDE, shadow_kv.PAGES, shadow_kv.WINDOW, "random"):
         assert found[f"{cell}: {name}", "exact match"].n == 1
-    for part in ("dense", shadow_kv._OURS, *PARTS):
+    for part in ("dense", shadow_kv.OURS, *PARTS):
         assert found[f"{cell}, taken apart: {part}", "answer NLL"].n == 1
     assert found["selection, T=64: oracle of each head", "mass"].mean > found["selection, T=64: random", "mass"].mean
     assert len([each for each in finding.comparisons if each.part_of_verdict]) == 3 + 1 + 3
