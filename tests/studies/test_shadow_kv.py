@@ -73,7 +73,7 @@ def test_the_smoke_run_measures_everything() -> None:
         assert found[f"likelihood, T=64: {name}", "NLL above dense"].n == 1
         assert found[f"selection, T=64: {name}", "keys read"].mean <= 64
     cell = "needles, 60 words, 50.00% of keys"
-    for name in (shadow_kv.OURS, shadow_kv.BESIDE, shadow_kv.PAGES, shadow_kv.WINDOW, "random"):
+    for name in (shadow_kv.OURS, shadow_kv.BESIDE, shadow_kv.MORE, shadow_kv.PAGES, shadow_kv.WINDOW, "random"):
         assert found[f"{cell}: {name}", "exact match"].n == 1
     for part in ("dense", shadow_kv.OURS, *PARTS):
         assert found[f"{cell}, taken apart: {part}", "answer NLL"].n == 1

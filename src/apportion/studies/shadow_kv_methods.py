@@ -13,7 +13,8 @@ from apportion.models.key_memory import LayerFacts
 from apportion.studies.shadow_kv_loss import PARTS, with_part
 
 OURS, BARE, PAGES, WINDOW = "ShadowKV", "ShadowKV without outliers", "page bounds (Quest)", "sinks and recent"
-EACH, BESIDE, APART = "oracle of each head", "ShadowKV, all but chunks on top", "taken apart"
+EACH, APART = "oracle of each head", "taken apart"
+BESIDE, MORE = "ShadowKV, all but chunks on top", "ShadowKV, rank 60 of 192"
 MakeAt = Callable[..., ComposedMemory]
 """Given a number of keys and a layer; ShadowKV's also what its budget counts, and which part of it is replaced."""
 
