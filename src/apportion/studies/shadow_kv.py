@@ -414,10 +414,11 @@ def _notes(size: _Size, seeds: list[int], chosen: Mapping[str, Mapping[str, str]
         "needles were chosen by dense attention alone (four needles: 0.73 to 0.88 at 150 to 300 words; one: 0.9). "
         "Earlier runs had four needles, fewer prompts, and 36 prompts of which dense attention answered 0.78 and "
         "ShadowKV 0.53; a first run with 51 prompts (0.82 of dense attention's 0.90 at 12.5 %, 0.16 at 6.25 %) chose "
-        "settings for retrieval on one context, and at 6.25 % one that leaves hardly a chunk to select: now three contexts choose. Rank 60 on all prompts joined after that run. Chunks of 4 "
-        "joined ShadowKV's settings after part of an early run (two seeds) in which page bounds had chosen pages of 4 and "
-        "ShadowKV had no such choice, and chunks of 4 with one outlier and one local chunk when some 40 keys were to be "
-        "read, which is less than three of each and a question.",
+        "settings for retrieval on one context, and at 6.25 % one that leaves hardly a chunk to select: now three "
+        "contexts choose. Rank 60 on all prompts joined after that run. Chunks of 4 joined ShadowKV's settings after "
+        "part of an early run (two seeds) in which page bounds had chosen pages of 4 and ShadowKV had no such choice, "
+        "and chunks of 4 with one outlier and one local chunk when some 40 keys were to be read, which is less than "
+        "three of each and a question.",
     ]
 
 
