@@ -146,7 +146,7 @@ class ChunkSelection(KeySelection):
     tail: tuple[int, int]
 
     @cached_property
-    def indices(self) -> Int[Tensor, "batch groups 1 chosen"]:  # type: ignore[override]
+    def indices(self) -> Int[Tensor, "batch groups 1 chosen"]:
         """See `KeySelection`."""
         batch, groups = self.chunks.shape[:2]
         tail = torch.arange(*self.tail, device=self.chunks.device).expand(batch, groups, -1)
@@ -154,7 +154,7 @@ class ChunkSelection(KeySelection):
         return torch.cat([*of_chunks, tail], dim=-1)[:, :, None]
 
     @cached_property
-    def kept(self) -> Bool[Tensor, "batch groups 1 chosen"]:  # type: ignore[override]
+    def kept(self) -> Bool[Tensor, "batch groups 1 chosen"]:
         """See `KeySelection`: everything."""
         return torch.ones_like(self.indices, dtype=torch.bool)
 
