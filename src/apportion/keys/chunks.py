@@ -86,8 +86,9 @@ class ChunkTable:
         of_group = lists // self.candidates.shape[1]
         if of_group == 1:
             return self
-        candidates, outliers = (each.repeat_interleave(of_group, dim=1) for each in (self.candidates, self.outliers))
-        return replace(self, candidates=candidates, outliers=outliers)
+        tables = (self.means, self.candidates, self.outliers)
+        means, candidates, outliers = (each.repeat_interleave(of_group, dim=1) for each in tables)
+        return replace(self, means=means, candidates=candidates, outliers=outliers)
 
     def grown(
         self, keys: Float[Tensor, "batch groups more size width"], real: Bool[Tensor, "batch all_tokens"]
@@ -145,7 +146,7 @@ class ChunkSelection(KeySelection):
     tail: tuple[int, int]
 
     @cached_property
-    def indices(self) -> Int[Tensor, "batch groups 1 chosen"]:  # type: ignore[override]
+    def indices(self) -> Int[Tensor, "batch groups 1 chosen"]:
         """See `KeySelection`."""
         batch, groups = self.chunks.shape[:2]
         tail = torch.arange(*self.tail, device=self.chunks.device).expand(batch, groups, -1)
@@ -153,7 +154,7 @@ class ChunkSelection(KeySelection):
         return torch.cat([*of_chunks, tail], dim=-1)[:, :, None]
 
     @cached_property
-    def kept(self) -> Bool[Tensor, "batch groups 1 chosen"]:  # type: ignore[override]
+    def kept(self) -> Bool[Tensor, "batch groups 1 chosen"]:
         """See `KeySelection`: everything."""
         return torch.ones_like(self.indices, dtype=torch.bool)
 

@@ -84,6 +84,7 @@ class Landmarks(Selector):
         self._budget, self._turn = budget, turn
         self._table: ChunkTable | None = None
         self._before: Int[Tensor, "batch groups most"] | None = None
+        self._wanted: tuple[ChunkTable, int] | None = None  # chunks of a table, where they do not depend on the token
         self._hits, self._asked = torch.zeros((), dtype=torch.long), 0
 
     in_one_go = True
@@ -123,8 +124,10 @@ class Landmarks(Selector):
     def _select_one(self, step: Step, store: ChunkedStore, table: ChunkTable) -> ChunkSelection | None:
         """What one token reads where nothing is padded, so that all rows have as many chunks and see as many tokens."""
         tail = store.tail_start, store.length
-        seen, later = (torch.full_like(table.counts, each)[:, None] for each in (tail[1], tail[1] - tail[0]))
-        wanted = int(self._budget.chunks(table, seen, later)[0, 0])
+        if self._wanted is None or self._wanted[0] is not table or self._budget.counted == "all":
+            seen, later = (torch.full_like(table.counts, each)[:, None] for each in (tail[1], tail[1] - tail[0]))
+            self._wanted = table, int(self._budget.chunks(table, seen, later)[0, 0])
+        wanted = self._wanted[1]
         if wanted >= table.means.shape[2] - table.outliers.shape[2]:
             return None
         given = (table.means, table.candidates, wanted, step.scaling, step.softcap)

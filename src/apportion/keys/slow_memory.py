@@ -80,6 +80,7 @@ class SlowTokens(KeptTokens):
     def __init__(self, content: Float[Tensor, "batch groups tokens width"]) -> None:
         self._device = content.device
         super().__init__(self._away(content))
+        self._runs: tuple[Tensor, int] | None = None  # what was read last, where it was read in runs
         self._tokens, self._resident = self._nothing()
 
     @override
@@ -88,6 +89,7 @@ class SlowTokens(KeptTokens):
     ) -> Float[Tensor, "batch groups some width"]:
         slots, there = self._slots(tokens)
         missing = wanted & ~there
+        self._runs = None
         if self._is_one_memory:
             self._account(missing)
             self._tokens = tokens.masked_fill(~wanted, 2**62).sort(-1).values
@@ -110,9 +112,13 @@ class SlowTokens(KeptTokens):
     ) -> Float[Tensor, "batch groups tokens width"] | None:
         if not self._is_one_memory:
             return None
-        tokens = (starts[..., None] + torch.arange(size, device=starts.device)).flatten(2)
-        self._account(~self._slots(tokens)[1])
-        self._tokens = tokens
+        runs = self._runs
+        if runs is not None and runs[1] == size and runs[0].shape[2]:
+            slots = torch.searchsorted(runs[0], starts.contiguous()).clamp_max(runs[0].shape[2] - 1)
+            self._account(runs[0].gather(2, slots) != starts, size)
+        else:
+            self._account(~self._slots(_tokens_of(starts, size))[1])
+        self._runs = starts, size
         return self._content
 
     @override
@@ -127,7 +133,7 @@ class SlowTokens(KeptTokens):
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
         self._content = self._away(self._content[rows.to(self._content.device)])
-        self._tokens, self._resident = self._nothing()
+        self._runs, (self._tokens, self._resident) = None, self._nothing()
 
     @override
     @property
@@ -137,7 +143,8 @@ class SlowTokens(KeptTokens):
     @override
     @property
     def bytes(self) -> int:
-        return self.bytes_slow + self._tokens.numel() * self._content.shape[-1] * self._content.element_size()
+        resident = self._tokens.numel() if self._runs is None else self._runs[0].numel() * self._runs[1]
+        return self.bytes_slow + resident * self._content.shape[-1] * self._content.element_size()
 
     @property
     def _is_one_memory(self) -> bool:
@@ -148,13 +155,16 @@ class SlowTokens(KeptTokens):
         self, tokens: Int[Tensor, "batch groups some"]
     ) -> tuple[Int[Tensor, "batch groups some"] | None, Bool[Tensor, "batch groups some"]]:
         """Where tokens stand among the resident ones (None without any), and whether they do."""
+        if self._runs is not None:
+            self._tokens = _tokens_of(*self._runs)
         if not self._tokens.shape[2]:
             return None, torch.zeros_like(tokens, dtype=torch.bool)
         slots = torch.searchsorted(self._tokens, tokens.contiguous()).clamp_max(self._tokens.shape[-1] - 1)
         return slots, self._tokens.gather(2, slots) == tokens
 
-    def _account(self, missing: Bool[Tensor, "batch groups some"]) -> None:
-        self.moved += int(missing.sum()) * self._content.shape[-1] * self._content.element_size()
+    def _account(self, missing: Bool[Tensor, "batch groups some"], tokens: int = 1) -> None:
+        """Vectors of so many tokens for each that is missing have come."""
+        self.moved += int(missing.sum()) * tokens * self._content.shape[-1] * self._content.element_size()
 
     def _away(self, content: Tensor) -> Tensor:
         return content.cpu().pin_memory() if self._device.type == "cuda" else content
@@ -164,6 +174,10 @@ class SlowTokens(KeptTokens):
         shape = (*self._content.shape[:2], 0)
         tokens = torch.empty(shape, dtype=torch.long, device=self._device)
         return tokens, self._content.new_empty(*shape, self._content.shape[-1], device=self._device)
+
+
+def _tokens_of(starts: Int[Tensor, "batch groups runs"], size: int) -> Int[Tensor, "batch groups some"]:
+    return (starts[..., None] + torch.arange(size, device=starts.device)).flatten(2)
 
 
 def true_places(mask: Bool[Tensor, "batch groups some"]) -> Int[Tensor, "batch groups most"]:

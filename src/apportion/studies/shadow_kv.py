@@ -13,7 +13,7 @@ likelihood.
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -29,17 +29,29 @@ from apportion.keys.branches import ask_all, go_on
 from apportion.keys.chunks import ChunkRule, divide
 from apportion.keys.memory import MakeComposed
 from apportion.keys.prompt_svd import principal_directions
-from apportion.keys.quest import PageSelector
-from apportion.keys.selectors import Oracle, RandomKeys, SinksAndRecent
 from apportion.keys.shadow_kv import ShadowKV
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import LanguageModel, load
-from apportion.models.key_memory import LayerFacts
 from apportion.ops.attend import attend
 from apportion.report import ResultRow, plots
 from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
-from apportion.studies.shadow_kv_loss import PARTS, with_part
+from apportion.studies.shadow_kv_loss import PARTS
+from apportion.studies.shadow_kv_methods import (
+    APART,
+    BARE,
+    BESIDE,
+    EACH,
+    MORE,
+    OPTIONS,
+    OURS,
+    PAGES,
+    WINDOW,
+    every_option,
+    least,
+    methods_at,
+    taken_apart,
+)
 from apportion.studies.workbench import Workbench
 
 CLAIM = (
@@ -49,15 +61,12 @@ CLAIM = (
 )
 BASELINE = "page bounds (Quest), sinks and recent tokens, random tokens at equal keys read; oracles above"
 
-_OURS, _BARE, _PAGES, _WINDOW = "ShadowKV", "ShadowKV without outliers", "page bounds (Quest)", "sinks and recent"
-_EACH, _BESIDE, _APART = "oracle of each head", "ShadowKV, all but chunks on top", "taken apart"
 # Retrieval counts towards the verdict from so many prompts on, where dense attention answers so many of them.
 _PROMPTS, _SOLVED = 50, 0.8
 _TUNING = 1000
 _ENERGY, _OUTLYING = "energy in 15.6 % of directions", "outliers: {} of each key-value head"
 _SINK = "heads whose first chunk is one"
 Measured = dict[str, dict[str, list[float]]]
-MakeAt = Callable[[int, LayerFacts], ComposedMemory]
 
 
 @dataclass(frozen=True)
@@ -66,12 +75,13 @@ class _Size:
     tokens: int = 1024  # of the texts that spectra and selection look at
     layers: tuple[int, ...] = (1, 9, 17, 25)
     tuning_layers: tuple[int, ...] = (3, 13, 23)
-    prompts: tuple[int, ...] = (640, 768, 896, 1016)  # where decoding begins
+    prompts: tuple[int, ...] = (640, 896)  # where decoding begins
     queries: int = 8
     keys: tuple[int, ...] = (64, 128)
     words: tuple[int, ...] = (350,)  # of prose around a needle
     contexts: int = 17  # of each length and seed, with a needle and its question each
-    taken_apart: int = 6  # of these, on which parts of ShadowKV are replaced, at the first of the shares
+    tuning_contexts: int = 3  # with four needles and their questions each
+    apart: int = 6  # of these, on which parts of ShadowKV are replaced, at the first of the shares
     shares: tuple[float, ...] = (1 / 8, 1 / 16)  # of a context's tokens, read
     following: int = 32  # tokens whose likelihood is measured
 
@@ -85,15 +95,14 @@ _SIZES: dict[Scale, _Size] = {
         keys=(64,),
         words=(60,),
         contexts=1,
-        taken_apart=1,
+        tuning_contexts=1,
+        apart=1,
         shares=(1 / 2,),
         following=4,
     ),
     "default": _Size(),
-    "long": _Size(layers=tuple(range(30)), queries=16, words=(350, 900), contexts=34, taken_apart=34, following=64),
-    "gpu": _Size(
-        layers=tuple(range(30)), queries=16, words=(350, 900, 2400), contexts=50, taken_apart=50, following=64
-    ),
+    "long": _Size(layers=tuple(range(30)), queries=16, words=(350, 900), contexts=34, apart=34, following=64),
+    "gpu": _Size(layers=tuple(range(30)), queries=16, words=(350, 900, 2400), contexts=50, apart=50, following=64),
 }
 
 
@@ -130,83 +139,6 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     )
 
 
-# --- methods ---------------------------------------------------------------------------------------------------------
-
-
-def _shadow(
-    chunk: int, outliers: int, local: int, keys: int, facts: LayerFacts, counted: str = "all", part: str = ""
-) -> ComposedMemory:
-    return with_part(part, chunk, outliers, local, keys, facts, counted)
-
-
-def _pages(page: int, keys: int, facts: LayerFacts) -> ComposedMemory:
-    return ComposedMemory(facts, selector=PageSelector(page, KeyBudget(keys=keys)))
-
-
-def _window(sinks: int, keys: int, facts: LayerFacts) -> ComposedMemory:
-    return ComposedMemory(facts, selector=SinksAndRecent(KeyBudget(keys=keys, sinks=sinks)))
-
-
-_CHUNKS = {
-    f"chunks of {chunk}, {outliers} outliers, {local} local": (chunk, outliers, local)
-    for chunk, outliers, local in ((8, 3, 3), (8, 1, 1), (4, 3, 3), (4, 1, 1))
-}
-_BARE_CHUNKS = {f"chunks of {chunk}, {local} local": (chunk, 0, local) for chunk, local in ((8, 3), (8, 1), (4, 3))}
-_OPTIONS: dict[str, dict[str, MakeAt]] = {
-    _OURS: {setting: partial(_shadow, *each) for setting, each in _CHUNKS.items()},
-    _BARE: {setting: partial(_shadow, *each) for setting, each in _BARE_CHUNKS.items()},
-    _PAGES: {f"pages of {page}": partial(_pages, page) for page in (4, 8, 16)},
-    _WINDOW: {f"{sinks} sinks": partial(_window, sinks) for sinks in (1, 4, 16)},
-}
-
-
-def _possible(keys: int) -> dict[str, dict[str, MakeAt]]:
-    """The settings that leave something to choose at a budget."""
-    rules = _CHUNKS | _BARE_CHUNKS
-
-    def fits(setting: str) -> bool:
-        chunk, outliers, local = rules.get(setting, (0, 0, 0))
-        return chunk * (outliers + local + 1) <= keys
-
-    return {name: {at: make for at, make in each.items() if fits(at)} for name, each in _OPTIONS.items()}
-
-
-def _methods(keys: int, chosen: Mapping[str, str], seed: int) -> dict[str, MakeComposed]:
-    """Every method at a budget, with its chosen setting."""
-    budget = KeyBudget(keys=keys)
-    tuned = {name: partial(_OPTIONS[name][setting], keys) for name, setting in chosen.items()}
-    return {
-        _EACH: lambda facts: ComposedMemory(facts, selector=Oracle(budget)),
-        "oracle of each key-value head": lambda facts: ComposedMemory(facts, selector=Oracle(budget, "max of softmax")),
-        **tuned,
-        "random": lambda facts: ComposedMemory(facts, selector=RandomKeys(budget, seed)),
-    }
-
-
-def _every_option(keys: int) -> dict[str, MakeComposed]:
-    """All settings of all methods at a budget, by method and setting."""
-    return {
-        f"{name}: {setting}": partial(make, keys)
-        for name, each in _possible(keys).items()
-        for setting, make in each.items()
-    }
-
-
-def _least(losses: Mapping[str, float]) -> dict[str, str]:
-    """The setting of the least loss of each method."""
-    return {
-        name: min(each, key=lambda setting: losses.get(f"{name}: {setting}", torch.inf))
-        for name, each in _OPTIONS.items()
-    }
-
-
-def _taken_apart(where: str, keys: int, setting: str) -> dict[str, MakeComposed]:
-    """ShadowKV with one part replaced after the other, and as it is on the same contexts."""
-    make = _OPTIONS[_OURS][setting]
-    parts: dict[str, MakeComposed] = {part: partial(make, keys, part=part) for part in (_OURS, *PARTS)}
-    return {f"{where}, {_APART}: {part}": way for part, way in {"dense": ComposedMemory, **parts}.items()}
-
-
 def _cell(words: int, share: float) -> str:
     return f"needles, {words} words, {share:.2%} of keys"
 
@@ -228,14 +160,21 @@ class _Trials:
         trace = record_trace(self.lm, [self._text(_TUNING)], tokens=size.tokens, layers=size.tuning_layers)
         chosen: dict[str, dict[str, str]] = {}
         for keys in size.keys:
-            scores = _on_layers(trace, _every_option(keys), size)
-            chosen[f"T={keys}"] = _least({name: each["output error"] for name, each in scores.items()})
+            scores = _on_layers(trace, every_option(keys), size)
+            chosen[f"T={keys}"] = least({name: each["output error"] for name, each in scores.items()})
         for words in size.words:
-            (task,) = needles(1, filler=self._texts[-2:], words=words, keys=4, turns=4, seed=_TUNING)
-            for share in size.shares:
-                answers = ask_all(self.lm, task, _every_option(self._keys(task, share)))
-                losses = {name: sum(each.nll for each in of_name) for name, of_name in answers.items()}
-                chosen[_cell(words, share)] = _least(losses)
+            tasks = needles(size.tuning_contexts, filler=self._texts[-2:], words=words, keys=4, turns=4, seed=_TUNING)
+            losses: dict[str, dict[str, float]] = {_cell(words, share): defaultdict(float) for share in size.shares}
+            for task in tasks:
+                ways = {
+                    (where, name): make
+                    for where, share in zip(losses, size.shares, strict=True)
+                    for name, make in every_option(self._keys(task, share)).items()
+                }
+                answers = ask_all(self.lm, task, {"\n".join(way): make for way, make in ways.items()})
+                for where, name in ways:
+                    losses[where][name] += sum(each.nll for each in answers[f"{where}\n{name}"])
+            chosen |= {where: least(of_where) for where, of_where in losses.items()}
         return chosen
 
     def _keys(self, task: SharedContext, share: float) -> int:
@@ -267,7 +206,7 @@ class _Trials:
         """What each method reads of recorded layers, and what decoding by itself costs ShadowKV."""
         trace, found = self._trace(2 * seed), {}
         for keys in self.size.keys:
-            methods = _methods(keys, chosen[f"T={keys}"], seed)
+            methods = methods_at(keys, chosen[f"T={keys}"], seed)
             for name, figures in _on_layers(trace, methods, self.size).items():
                 found[f"selection, T={keys}: {name}"] = figures
         found["decoding: ShadowKV, T=64 beside outliers and local"] = _decoding(trace, self.size)
@@ -284,13 +223,15 @@ class _Trials:
                 methods: dict[str, MakeComposed] = {f"needles, {words} words: dense": ComposedMemory}
                 for share in size.shares:
                     where, keys = _cell(words, share), self._keys(task, share)
-                    at = _methods(keys, chosen[where], seed)
-                    for elsewhere in (_EACH, _BARE):
+                    at = methods_at(keys, chosen[where], seed)
+                    for elsewhere in (EACH, BARE) if share == size.shares[0] else (EACH, BARE, "random"):
                         del at[elsewhere]
-                    at[_BESIDE] = partial(_OPTIONS[_OURS][chosen[where][_OURS]], keys, counted="selected")
+                    ours = OPTIONS[OURS][chosen[where][OURS]]
+                    at[BESIDE] = partial(ours, keys, counted="selected")
+                    at[MORE] = partial(ours, keys, part=MORE.partition(", ")[2])
                     methods |= {f"{where}: {name}": make for name, make in at.items()}
-                    if number < size.taken_apart and share == size.shares[0]:
-                        methods |= _taken_apart(where, keys, chosen[where][_OURS])
+                    if number < size.apart and share == size.shares[0]:
+                        methods |= taken_apart(where, keys, chosen[where][OURS])
                 for name, answers in ask_all(self.lm, task, methods).items():
                     scores[name]["exact match"] += [float(each.exact) for each in answers]
                     scores[name]["answer NLL"] += [each.nll for each in answers]
@@ -308,7 +249,7 @@ class _Trials:
         context, later, targets = ids[: size.tokens], ids[size.tokens : -1], ids[size.tokens + 1 :]
         methods: dict[str, MakeComposed] = {"dense": ComposedMemory}
         keys = size.keys[-1]
-        methods |= _methods(keys, chosen[f"T={keys}"], seed)
+        methods |= methods_at(keys, chosen[f"T={keys}"], seed)
         dense = 0.0
         for name, logits, _ in go_on(self.lm, context, later[None], methods):
             loss = float(torch.nn.functional.cross_entropy(logits[0].float(), targets))
@@ -408,12 +349,12 @@ def _claims(size: _Size, measured: Measured) -> list[Comparison]:
     claims.append(("the first chunk is an outlier in at least 90 % of heads", sinks - 0.9, True))
     for keys in size.keys:
         where = f"selection, T={keys}"
-        for other in (_PAGES, _WINDOW, _BARE):
+        for other in (PAGES, WINDOW, BARE):
             for metric, sign in (("mass", 1), ("output error", -1)):
-                margin = sign * (of(f"{where}: {_OURS}", metric) - of(f"{where}: {other}", metric))
+                margin = sign * (of(f"{where}: {OURS}", metric) - of(f"{where}: {other}", metric))
                 claims.append((f"{where}: {metric} of ShadowKV better than of {other}", margin, metric != "mass"))
-        bare = of(f"{where}: {_BARE}", "output error") - of(f"{where}: {_WINDOW}", "output error")
-        claims.append((f"{where}: without outliers ShadowKV is worse than {_WINDOW}", bare, False))
+        bare = of(f"{where}: {BARE}", "output error") - of(f"{where}: {WINDOW}", "output error")
+        claims.append((f"{where}: without outliers ShadowKV is worse than {WINDOW}", bare, False))
     for words in size.words:
         dense = of(f"needles, {words} words: dense", "exact match")
         solved = float(dense.mean()) >= _SOLVED
@@ -421,19 +362,19 @@ def _claims(size: _Size, measured: Measured) -> list[Comparison]:
         claims.append((f"needles, {words} words: dense attention answers at least {_SOLVED}", dense - _SOLVED, False))
         for share in size.shares:
             where = _cell(words, share)
-            for name in (_OURS, _BESIDE, _PAGES, "oracle of each key-value head"):
+            for name in (OURS, MORE, BESIDE, PAGES, "oracle of each key-value head"):
                 kept = of(f"{where}: {name}", "exact match") - 0.95 * dense
-                claims.append((f"{where}: {name} keeps 95 % of dense accuracy", kept, counted and name == _OURS))
+                claims.append((f"{where}: {name} keeps 95 % of dense accuracy", kept, counted and name == OURS))
             for part in PARTS if share == size.shares[0] else ():
-                apart = f"{where}, {_APART}"
-                gain = of(f"{apart}: {_OURS}", "answer NLL") - of(f"{apart}: {part}", "answer NLL")
+                apart = f"{where}, {APART}"
+                gain = of(f"{apart}: {OURS}", "answer NLL") - of(f"{apart}: {part}", "answer NLL")
                 claims.append((f"{apart}: {part}: answer NLL below ShadowKV's", gain, False))
-            for other in (_PAGES, _WINDOW, "random"):
-                margin = of(f"{where}: {other}", "answer NLL") - of(f"{where}: {_OURS}", "answer NLL")
+            for other in (PAGES, WINDOW):
+                margin = of(f"{where}: {other}", "answer NLL") - of(f"{where}: {OURS}", "answer NLL")
                 claims.append((f"{where}: answer NLL of ShadowKV below {other}", margin, False))
     where = f"likelihood, T={size.keys[-1]}"
-    for other in (_PAGES, _WINDOW, _BARE):
-        margin = of(f"{where}: {other}", "NLL") - of(f"{where}: {_OURS}", "NLL")
+    for other in (PAGES, WINDOW, BARE):
+        margin = of(f"{where}: {other}", "NLL") - of(f"{where}: {OURS}", "NLL")
         claims.append((f"{where}: NLL of ShadowKV below {other}", margin, False))
     return [Comparison.positive(claim, margin.tolist(), part_of_verdict=counted) for claim, margin, counted in claims]
 
@@ -459,21 +400,25 @@ def _notes(size: _Size, seeds: list[int], chosen: Mapping[str, Mapping[str, str]
         f"{size.queries} queries each. Everything that is read counts as T: outliers, the prompt's end, later tokens. "
         "ShadowKV's keys are rebuilt from rank 30 of 192. Page bounds choose for each query head, ShadowKV for each "
         "key-value head.",
-        f"Settings chosen on other texts, out of three or four each: by output error, for needles by answer NLL: {settings}.",
+        "Settings chosen on other texts, out of three or four each: by output error, for needles by answer NLL: "
+        f"{settings}.",
         f"Retrieval: contexts of {prompts}, {size.contexts * len(seeds)} of each, a needle in each, asked for after "
         "the context was compressed; answers are teacher-forced, so exact match is greedy decoding's. It counts from "
         f"{_PROMPTS} prompts on, where dense attention answers {_SOLVED}. The prose comes from documents of the same "
         "corpus.",
-        f"Taken apart: on the first {size.taken_apart} contexts of each seed, at the same keys read: keys of higher "
+        f"Taken apart: on the first {size.apart} contexts of each seed, at the same keys read: keys of higher "
         "rank, chunks by exact attention weight (largest share of any head of the group), a list of chunks for each "
         "query head.",
         "Counted for the verdict were fixed before the first run: the order of spectra, the sink, output error against "
         "page bounds, window and no outliers, and 95 % of dense accuracy in retrieval. The length and the number of "
         "needles were chosen by dense attention alone (four needles: 0.73 to 0.88 at 150 to 300 words; one: 0.9). "
         "Earlier runs had four needles, fewer prompts, and 36 prompts of which dense attention answered 0.78 and "
-        "ShadowKV 0.53. Chunks of 4 joined ShadowKV's settings after part of an early run (two seeds) in which page "
-        "bounds had chosen pages of 4 and ShadowKV had no such choice, and chunks of 4 with one outlier and one local "
-        "chunk when 46 keys were to be read, which is less than three of each and a question.",
+        "ShadowKV 0.53; a first run with 51 prompts (0.82 of dense attention's 0.90 at 12.5 %, 0.16 at 6.25 %) chose "
+        "settings for retrieval on one context, and at 6.25 % one that leaves hardly a chunk to select: now three "
+        "contexts choose. Rank 60 on all prompts joined after that run. Chunks of 4 joined ShadowKV's settings after "
+        "part of an early run (two seeds) in which page bounds had chosen pages of 4 and ShadowKV had no such choice, "
+        "and chunks of 4 with one outlier and one local chunk when some 40 keys were to be read, which is less than "
+        "three of each and a question.",
     ]
 
 

@@ -17,7 +17,8 @@ from apportion.ops.numbers import exp_below, flat, number, prefetch, readable
 from apportion.ops.threads import matching_threads
 
 _AHEAD = 16  # entries of a list that are asked for before their turn: scattered keys come late otherwise
-_PART = 512  # entries of a list that a thread takes at a time: few enough that 2 threads share what 3 heads read
+_PART = 256  # entries of a list that a thread takes at a time: few enough that 2 threads share what 3 heads read
+_FEW = 65_536  # numbers of all parts that one thread joins sooner than several are woken
 # Reassociation as in ``csr.cpu``: the order of a sum depends on its length and the machine alone.
 _FAST = {"reassoc", "contract", "nsz"}
 
@@ -140,11 +141,26 @@ def _attend(
 
 @numba.njit(parallel=True, cache=True)
 @no_type_check
-def _join_all(most, sums, mixed, out):
-    """Join the parts of every list; out is [lists, heads of the list, value_width]."""
+def _join_many(most, sums, mixed, out):
     for item in numba.prange(most.shape[0]):
         for head in range(most.shape[2]):
             _join(most[item, :, head], sums[item, :, head], mixed[item, :, head], out[item, head])
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _join_few(most, sums, mixed, out):
+    for item in range(most.shape[0]):
+        for head in range(most.shape[2]):
+            _join(most[item, :, head], sums[item, :, head], mixed[item, :, head], out[item, head])
+
+
+def join_all(most: np.ndarray, sums: np.ndarray, mixed: np.ndarray, out: np.ndarray) -> None:
+    """Join the parts of every list; out is [lists, heads of the list, value_width]."""
+    if mixed.size < _FEW:
+        _join_few(most, sums, mixed, out)
+    else:
+        _join_many(most, sums, mixed, out)
 
 
 def attend_selected(
@@ -190,5 +206,5 @@ def attend_selected(
             sums,
             mixed,
         )
-        _join_all(most, sums, mixed, out.view(lists, group, value_width).numpy())
+        join_all(most, sums, mixed, out.view(lists, group, value_width).numpy())
     return out.transpose(2, 3).reshape(batch, heads, new, value_width).to(queries.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apportion.ops.attend.cpu import _join_all, _mix, _products
+from apportion.ops.attend.cpu import _mix, _products, join_all
 from apportion.ops.chunk_attend import reference
 from apportion.ops.numbers import flat, number, prefetch, readable
 from apportion.ops.threads import matching_threads
@@ -215,5 +215,5 @@ def attend_chunks(
             sums,
             mixed,
         )
-        _join_all(most, sums, mixed, out.numpy())
+        join_all(most, sums, mixed, out.numpy())
     return out.view(batch, heads, value_width).to(queries.dtype)

@@ -35,7 +35,8 @@ def attend_chunks(
     read = torch.cat([_gathered(values, tokens), *exact_values], dim=2)
     lists = torch.arange(every.shape[2], device=chunks.device).expand(*chunks.shape[:2], 1, -1)
     kept = torch.ones_like(lists, dtype=torch.bool)
-    return attend_selected(queries[:, :, None], every, read, lists, kept, scaling, softcap)[:, :, 0]
+    out: Tensor = attend_selected(queries[:, :, None], every, read, lists, kept, scaling, softcap)
+    return out[:, :, 0]
 
 
 def _gathered(stored: Tensor, tokens: Tensor) -> Tensor:

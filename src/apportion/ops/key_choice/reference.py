@@ -27,7 +27,7 @@ def choose_by_labels(
         labels = unpack_labels(labels, ranges, bits, channels)
     scores = label_scores(asked, labels)[:, :, 0]
     if group != "head":
-        of_group = scores.unflatten(1, (groups, -1))
+        of_group = scores.view(len(scores), groups, queries.shape[1] // groups, scores.shape[-1])
         scores = of_group.mean(2) if group == "mean" else of_group.amax(2)
     scores[..., :sinks] = torch.inf
     scores[..., max(0, scores.shape[-1] - recent) :] = torch.inf
@@ -43,7 +43,9 @@ def choose_chunks(
     softcap: float | None,
 ) -> Int[Tensor, "batch groups count"]:
     """See ``apportion.ops.key_choice.choose_chunks``."""
-    products = label_scores(queries[:, :, None], means)[:, :, 0].unflatten(1, (means.shape[1], -1)) * scaling
+    batch, heads, _ = queries.shape
+    groups, chunks = means.shape[1:3]
+    products = label_scores(queries[:, :, None], means).view(batch, groups, heads // groups, chunks) * scaling
     if softcap is not None:
         products = softcap * torch.tanh(products / softcap)
     weights = products.masked_fill(~candidates[:, :, None], -torch.inf).softmax(-1).amax(2)

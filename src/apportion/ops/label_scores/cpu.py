@@ -17,6 +17,7 @@ from apportion.ops.numbers import flat, number
 from apportion.ops.threads import matching_threads
 
 _TILE = 512  # tokens scored together: their scores stay in the first-level cache, their labels in the second
+_FEW = 8192  # channels of labels that one thread packs sooner than several are woken
 _AT_ONCE = 4  # channels: a score is loaded and stored once for so many
 # Reassociation as in ``csr.cpu``: the order of a sum depends on its length and the machine alone.
 _FAST = {"reassoc", "contract", "nsz"}
@@ -125,8 +126,16 @@ def pack_label(label, bits, codes):
 
 @numba.njit(parallel=True, cache=True)
 @no_type_check
-def _pack_labels(labels, bits, codes, ranges):
+def _pack_many(labels, bits, codes, ranges):
     for label in numba.prange(labels.shape[0]):
+        codes[label] = 0
+        ranges[label, 0], ranges[label, 1] = pack_label(labels[label], bits, codes[label])
+
+
+@numba.njit(cache=True)
+@no_type_check
+def _pack_few(labels, bits, codes, ranges):
+    for label in range(labels.shape[0]):
         codes[label] = 0
         ranges[label, 0], ranges[label, 1] = pack_label(labels[label], bits, codes[label])
 
@@ -139,13 +148,12 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     channels = wide.shape[-1]
     codes = torch.empty(*wide.shape[:-1], -(-channels * bits // 8), dtype=torch.uint8)
     ranges = torch.empty(*wide.shape[:-1], 2)
-    with matching_threads():
-        _pack_labels(
-            wide.view(-1, channels).numpy(),
-            bits,
-            codes.view(-1, codes.shape[-1]).numpy(),
-            ranges.view(-1, 2).numpy(),
-        )
+    given = (wide.view(-1, channels).numpy(), bits, codes.view(-1, codes.shape[-1]).numpy(), ranges.view(-1, 2).numpy())
+    if wide.numel() < _FEW:
+        _pack_few(*given)
+    else:
+        with matching_threads():
+            _pack_many(*given)
     return codes, ranges
 
 
