@@ -14,7 +14,8 @@ do not count: the pilot of the method sheet says that low rank and pruning win t
 chosen from one grid by validation text, with a seed of its own.
 
 After a first run of the default scale the grid was moved up by a factor of three, since most arms had chosen its upper
-end, and the narrower dense network trained at equal cost was added to what is shown; what counts stayed as it was.
+end (no choice changed by it), and the narrower dense network trained at equal cost was added to what is shown, since
+any cheaper network takes more steps; what counts stayed as it was.
 """
 
 import tempfile
