@@ -14,7 +14,8 @@ do not count: the pilot of the method sheet says that low rank and pruning win t
 chosen from one grid by validation text, with a seed of its own.
 
 After a first run of the default scale the grid was moved up by a factor of three, since most arms had chosen its upper
-end, and the narrower dense network trained at equal cost was added to what is shown; what counts stayed as it was.
+end (no choice changed by it), and the narrower dense network trained at equal cost was added to what is shown, since
+any cheaper network takes more steps; what counts stayed as it was.
 """
 
 import tempfile
@@ -337,8 +338,9 @@ def _notes(size: _Size, task: CharacterTask, rates: dict[str, float]) -> list[st
         f"Dense to sparse: {of_task.steps} steps dense, then {of_task.finetune_steps} after the projection of both "
         "hidden layers. Pruned weights stay zero; their places are not counted.",
         f"Sparse to dense: {structured} Monarch steps and {dense} dense ones cost as much as {of_task.steps} dense "
-        f"steps, {task.steps_throughout(MONARCH)} Monarch or {task.steps_throughout(NARROW)} narrower ones, by multiplications of all layers (not by the clock). "
-        "Adam starts anew at the switch; the learning rate falls to zero over the dense steps.",
+        f"steps, {task.steps_throughout(MONARCH)} Monarch or {task.steps_throughout(NARROW)} narrower ones, by "
+        "multiplications of all layers (not by the clock). Adam starts anew at the switch; the learning rate falls to "
+        "zero over the dense steps.",
         f"Real weights: means over {size.blocks} blocks of SmolLM2 drawn for each seed; nothing is finetuned.",
         "What counts was chosen before the first run; one-shot errors do not, since the pilot had shown that low rank "
         "and pruning are nearer.",
