@@ -18,7 +18,9 @@ def pruned(tiny_llama, tmp_path_factory):
     masks = choose_masks({each.name: each.matrix().abs() for each in layers}, Unstructured(0.6, "row"))
     for each in layers:
         each.set_matrix(each.matrix() * masks[each.name])
-    return save_model(lm, tmp_path_factory.mktemp("pruned") / "model")
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    save_model(lm, folder)
+    return folder
 
 
 def zeros(folder):

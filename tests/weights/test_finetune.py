@@ -1,4 +1,5 @@
 import copy
+import sys
 from pydoc_data.topics import topics
 
 import pytest
@@ -11,7 +12,6 @@ from apportion.models import LanguageModel, load
 from apportion.models.saving import save_model
 from apportion.training import Hook
 from apportion.weights import Unstructured, add_masks, choose_masks, prunable
-from apportion.weights import finetune as finetune_module
 from apportion.weights.finetune import (
     Contexts,
     FinetuneSettings,
@@ -228,7 +228,7 @@ def test_a_book_is_not_read_to_its_end(tiny_llama, monkeypatch):
             yield Document(f"book (part {part})", "some words " * 40)
         raise AssertionError("read on")
 
-    monkeypatch.setattr(finetune_module, "_LONG_FILE", 5000)
+    monkeypatch.setattr(sys.modules[read_contexts.__module__], "_LONG_FILE", 5000)
     found = read_contexts(load(tiny_llama), book(), context=8, train=5, held_out=3)
     assert (len(found.train), len(found.held_out)) == (5, 3)
 

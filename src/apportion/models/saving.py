@@ -1,33 +1,35 @@
-"""Writing a model as a folder that transformers (and `load`) reads."""
+"""Writing a model as an ordinary transformers folder, whole or not at all."""
 
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from apportion.data.files import explain_write_error, sync
 from apportion.errors import InputError
-from apportion.models.language import LanguageModel
 from apportion.models.quiet import quiet_transformers
 
-_UNFINISHED = ".unfinished-model"
+_UNFINISHED = ".unfinished"
 
 
-def save_model(lm: LanguageModel, folder: Path | str) -> Path:
-    """Write a model and its tokenizer as a plain transformers folder; exact zeros stay exact zeros.
+def save_model(lm: Any, folder: Path | str) -> None:
+    """Write a model's configuration, weights (as safetensors) and tokenizer, for `load` or for transformers.
 
-    Everything is written beside the files that it replaces and moved into place at the end, the configuration last: a
-    folder with a ``config.json`` holds whole weights.
+    Everything is written beside first and then moved into place, the configuration last: a folder that was cut short is
+    no model to anybody, and the next attempt replaces it.
 
     Args:
-        lm: the model. Masks must have been folded into its weights (`apportion.weights.remove_masks`).
-        folder: made if need be. Other files in it are left alone.
+        lm: a `LanguageModel`.
+        folder: where; other files there are left alone.
 
     Raises:
-        InputError: some weights are parametrised, so that transformers could not read what is written; the disk is
-            full or the folder cannot be written.
+        InputError: a weight is under a mask, so that transformers could not read what is written; the folder cannot be
+            written, or the disk is full.
     """
+    from safetensors import SafetensorError
+
     folder = Path(folder)
-    strange = [name for name, _ in lm.model.named_parameters() if ".parametrizations." in f".{name}"]
+    strange = [name for name, _ in lm.model.named_parameters() if ".parametrizations." in name]
     if strange:
         raise InputError(f"{strange[0]} is under a mask or another parametrisation: remove it first (remove_masks)")
     unfinished = folder / _UNFINISHED
@@ -37,17 +39,17 @@ def save_model(lm: LanguageModel, folder: Path | str) -> Path:
         with quiet_transformers():
             lm.model.save_pretrained(unfinished)
             lm.tokenizer.save_pretrained(unfinished)
-        for file in sorted(unfinished.iterdir(), key=lambda each: each.name == "config.json"):
+        names = sorted((each.name for each in unfinished.iterdir()), key=lambda name: (name == "config.json", name))
+        for name in names:
             # safetensors writes files that only their owner can read.
-            shutil.copymode(unfinished / "config.json", file)
-            sync(file)
-            os.replace(file, folder / file.name)
+            shutil.copymode(unfinished / "config.json", unfinished / name)
+            sync(unfinished / name)
+        (folder / "config.json").unlink(missing_ok=True)
+        for name in names:
+            os.replace(unfinished / name, folder / name)
         sync(folder)
         unfinished.rmdir()
     except OSError as error:
         raise explain_write_error(error, folder) from error
-    except Exception as error:  # SafetensorError is neither an OSError nor a ValueError
-        if type(error).__name__ != "SafetensorError":
-            raise
+    except SafetensorError as error:
         raise InputError(f"could not write the model to {folder}: {error}") from error
-    return folder
