@@ -111,6 +111,18 @@ class LanguageModel:
         hidden = base_of(self.model)(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
+        return self.losses_of(hidden, input_ids)
+
+    @torch.no_grad()
+    def losses_of(
+        self, hidden: Float[Tensor, "batch time width"], input_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch time-1"]:
+        """`loss_per_token`, given what the head is given for each token.
+
+        Raises:
+            InputError: the model does not predict the next token.
+        """
+        self._check_causal("next-token losses")
         hidden = hidden[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten().long()
         head = self.model.get_output_embeddings()
