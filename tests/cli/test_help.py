@@ -6,7 +6,7 @@ import pytest
 
 COMMANDS = (
     *("fetch", "train", "evaluate", "compare", "compare-dictionaries", "report", "steer", "circuit", "explore"),
-    *("explain", "generate", "bench-cache", "study", "doctor"),
+    *("explain", "generate", "bench-cache", "prune", "study", "doctor"),
 )
 
 

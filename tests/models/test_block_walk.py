@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny_families import BUILDERS, CAUSAL, VOCABULARY, tiny_model
 
 from apportion.errors import InputError
 from apportion.models import LanguageModel, load
 from apportion.models.block_walk import BlockWalk, walked_losses
 from apportion.models.families import base_of
+from tiny_families import BUILDERS, CAUSAL, VOCABULARY, tiny_model
 
 
 def texts(rows: int = 5, time: int = 11, seed: int = 0) -> torch.Tensor:
@@ -41,6 +41,7 @@ def test_walking_gives_what_the_model_gives(family, padded):
 def test_layers_of_two_kinds_are_handed_each_its_own(monkeypatch):
     """Gemma 3's sliding layers have another mask and other rotary embeddings than its full ones."""
     import transformers
+
     from tiny_families import WIDE_HEADS
 
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -17,6 +17,7 @@ from apportion.cli import (
     explore,
     fetch,
     generate,
+    prune,
     report,
     steer,
     study,
@@ -68,6 +69,7 @@ for command in (
     explore.explore,
     generate.generate,
     bench_cache.bench_cache,
+    prune.prune,
     study.study,
     doctor.doctor,
 ):

@@ -142,8 +142,9 @@ class BlockWalk:
         self.stream.append(streams[0].to(self._device))
         self.real.append((torch.ones_like(ids) if mask is None else mask).bool().to(self._device))
         # Batches without padding are handed the same masks and positions: they are kept once.
-        self._calls.append([_same_or_new(call, self._calls[0][place]) if self._calls else call
-                            for place, call in enumerate(calls)])
+        self._calls.append(
+            [_same_or_new(call, self._calls[0][place]) if self._calls else call for place, call in enumerate(calls)]
+        )
 
     @contextlib.contextmanager
     def _here(self, block: nn.Module) -> Iterator[None]:
@@ -219,10 +220,10 @@ def _same_or_new(call: Call, known: Call) -> Call:
 def _either(value: Any, known: Any) -> Any:
     if isinstance(value, tuple) and isinstance(known, tuple) and len(value) == len(known):
         return tuple(map(_either, value, known))
-    if isinstance(value, Tensor) and isinstance(known, Tensor):
-        if value.shape == known.shape and value.dtype == known.dtype and torch.equal(value, known):
-            return known
-    return value
+    if not isinstance(value, Tensor) or not isinstance(known, Tensor):
+        return value
+    same = value.shape == known.shape and value.dtype == known.dtype and torch.equal(value, known)
+    return known if same else value
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -223,7 +223,7 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Langu
         InputError: no such model, a packaged model that was not fetched yet, a damaged model, one of an unknown family,
             a wrong dtype or device.
     """
-    place = _device(device)
+    place = device_named(device)
     number = _dtype(dtype, place)
     name = str(name)
     if name in PACKAGES:
@@ -324,7 +324,12 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
-def _device(device: str) -> torch.device:
+def device_named(device: str) -> torch.device:
+    """A torch device that this machine has.
+
+    Raises:
+        InputError: it has none of that name.
+    """
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
