@@ -29,7 +29,7 @@ the layer's bias, exactly and without a swap; ``objective="second_moment"`` swap
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,7 +53,7 @@ class DSnoT(OneShotMethod):
     """Settings.
 
     Attributes:
-        start: whose mask is refined.
+        start: whose mask is refined: ``wanda`` or ``magnitude``.
         preset: ``scaled`` to the width of a row, or ``reference``; see the module's description.
         cycles: swaps of a row at most; None: as the preset has it. 0 leaves the first mask alone.
         power: of the variance that a revived weight's contribution is divided by.
@@ -62,12 +62,12 @@ class DSnoT(OneShotMethod):
         correct_mean: add what is left of the mean error to the layer's bias.
     """
 
-    start: Literal["wanda", "magnitude"] = "wanda"
-    preset: Literal["scaled", "reference"] = "scaled"
+    start: str = "wanda"
+    preset: str = "scaled"
     cycles: int | None = None
     power: float = 1.0
     attention_only: bool | None = None
-    objective: Literal["mean", "second_moment"] = "mean"
+    objective: str = "mean"
     correct_mean: bool = False
 
     slug: ClassVar[str] = "dsnot"
@@ -113,7 +113,7 @@ class DSnoT(OneShotMethod):
             "mean_error_after": float(error.abs().mean()),
         }
         bias = error.to(weight.dtype) if self.correct_mean else None
-        return Pruned(weight.masked_fill(~mask, 0), mask, bias, figures)
+        return Pruned(torch.where(mask, weight, 0), mask, bias, figures)
 
     def cycles_of(self, width: int) -> int:
         """Swaps of a row of so many weights at most."""
@@ -156,7 +156,7 @@ def mean_error(
     weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], mean: Float[Tensor, " d_in"]
 ) -> Float[Tensor, " rows"]:
     """By how much each output's mean is too small under a mask: the contributions of its pruned weights."""
-    return weight.masked_fill(mask, 0).double() @ mean.double()
+    return torch.where(mask, 0, weight).double() @ mean.double()
 
 
 def swap_for_mean(
@@ -233,7 +233,7 @@ class _Queues:
     def __init__(self, measures: Sequence[Tensor], allowed: Sequence[Tensor], length: int) -> None:
         length = min(length, measures[0].shape[1])
         self._sizes = torch.stack([each.sum(dim=1).clamp_max(length) for each in allowed])
-        filled = (each.masked_fill(~fits, -math.inf) for each, fits in zip(measures, allowed, strict=True))
+        filled = (torch.where(fits, each, -math.inf) for each, fits in zip(measures, allowed, strict=True))
         self._places = torch.stack([each.topk(length, dim=1).indices for each in filled])
         self._next = torch.zeros_like(self._sizes)
 
@@ -268,7 +268,7 @@ def _droppable(
 
 def _droppable_in_group(mask: Tensor, measure: Tensor, group: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The least of the kept weights in the revived weight's group that was not taken before."""
-    left = measure.masked_fill(~mask, math.inf).view(len(mask), -1, group).clone()
+    left = torch.where(mask, measure, math.inf).view(len(mask), -1, group).clone()
     rows = torch.arange(len(mask), device=mask.device)
 
     def take(which: Tensor, revived: Tensor) -> tuple[Tensor, Tensor]:

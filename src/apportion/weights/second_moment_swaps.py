@@ -45,14 +45,14 @@ def swap_for_second_moment(
     mask = mask.clone()
     rows = torch.arange(len(weight), device=weight.device)
     swaps = torch.zeros_like(rows)
-    pruned = weight.masked_fill(mask, 0)
+    pruned = torch.where(mask, 0, weight)
     reached = pruned @ moment
     enough = -_TOO_LITTLE * (pruned * reached).sum(dim=1)
     own = weight.square() * moment.diagonal()
     for _ in range(cycles):
         crossed = 2 * weight * reached
-        drop_cost = (own + crossed).masked_fill(~mask, math.inf)
-        revive_cost = (own - crossed).masked_fill(mask, math.inf)
+        drop_cost = torch.where(mask, own + crossed, math.inf)
+        revive_cost = torch.where(mask, math.inf, own - crossed)
         if group is None:
             dropped, revived, cost = _best_pair(weight, moment, drop_cost, revive_cost, candidates)
         else:

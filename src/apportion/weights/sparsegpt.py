@@ -74,7 +74,7 @@ class SparseGPT(OneShotMethod):
             errors = _prune_columns(columns[part], upper[part, part], mask[part], pattern)
             columns[start + self.block :] -= upper[part, start + self.block :].T @ errors
         kept = mask.T.contiguous()
-        return Pruned(columns.T.masked_fill(~kept, 0).to(weight.dtype), kept)
+        return Pruned(torch.where(kept, columns.T, 0).to(weight.dtype), kept)
 
 
 def inverse_factor(
@@ -128,7 +128,7 @@ def _prune_columns(
         if place % group == 0:
             part = slice(place, place + group)
             mask[part] = _choose(columns[part], diagonal[part], pattern)
-        errors[place] = columns[place].masked_fill(mask[place], 0) / diagonal[place]
+        errors[place] = torch.where(mask[place], 0, columns[place]) / diagonal[place]
         columns[place:].addr_(upper[place, place:], errors[place], alpha=-1)
     return errors
 

@@ -15,6 +15,7 @@ Magnitude pruning is the same without the inputs, and stands beside it as the ba
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,4 +54,4 @@ class Magnitude(OneShotMethod):
 def kept(weight: Float[Tensor, "out in"], scores: Float[Tensor, "out in"], pattern: Pattern) -> Pruned:
     """The weights with the best scores, as they are."""
     mask = pattern.keep(scores)
-    return Pruned(weight.masked_fill(~mask, 0), mask)
+    return Pruned(torch.where(mask, weight, 0), mask)
