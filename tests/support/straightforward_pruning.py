@@ -48,27 +48,29 @@ def sparsegpt(weight: Array, inputs: Array, sparsity: float, mask: Array | None 
     moments = inputs.T @ inputs / len(inputs)
     moments += damp * np.mean(np.diag(moments)) * np.eye(len(moments))
     inverse = np.linalg.inv(moments)
-    # What each column costs is known once those before it are gone, whatever the weights are.
-    remaining, costs = inverse.copy(), np.empty(len(moments))
-    for column in range(len(moments)):
-        costs[column] = remaining[column, column]
-        remaining -= np.outer(remaining[:, column], remaining[column]) / costs[column]
     weight = weight.copy()
     rows, width = weight.shape
     chosen = np.ones((rows, width), dtype=bool) if mask is None else mask
     for column in range(width):
         if mask is None and column % COLUMNS == 0:
             part = slice(column, min(column + COLUMNS, width))
-            scores = weight[:, part] ** 2 / costs[part]
+            # What each of these columns will cost once those before it are gone.
+            costs = np.empty(part.stop - column)
+            ahead = inverse[part, part].copy()
+            for place in range(len(costs)):
+                costs[place] = ahead[place, place]
+                ahead -= np.outer(ahead[:, place], ahead[place]) / costs[place]
+            scores = weight[:, part] ** 2 / costs
             kept = round((1 - sparsity) * scores.size)
             best = np.argsort(-scores, axis=None, kind="stable")[:kept]
             choice = np.zeros(scores.size, dtype=bool)
             choice[best] = True
             chosen[:, part] = choice.reshape(scores.shape)
+        later = slice(column, width)
         error = np.where(chosen[:, column], 0, weight[:, column]) / inverse[column, column]
-        weight[:, column:] -= np.outer(error, inverse[column, column:])
+        weight[:, later] -= np.outer(error, inverse[column, later])
         weight[~chosen[:, column], column] = 0
-        inverse = inverse - np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+        inverse[later, later] -= np.outer(inverse[later, column], inverse[column, later]) / inverse[column, column]
     return weight
 
 

@@ -106,6 +106,33 @@ def test_sparsegpt_is_between_the_optimum_and_the_bare_mask(pattern):
     assert torch.equal(pruned.weight != 0, pruned.mask)
 
 
+@pytest.mark.packaged
+@pytest.mark.slow
+def test_a_layer_of_smollm2_is_pruned_as_in_float64():
+    """576 inputs that hang together as real ones do: the float32 columns end where float64 elimination does."""
+    from apportion.models import load
+    from apportion.models.block_walk import BlockWalk
+
+    lm = load("smollm2")
+    ids = torch.randint(0, 40_000, (6, 128), generator=torch.Generator().manual_seed(0))
+    walk = BlockWalk(lm, ids, batch_size=6)
+    while walk.place < 10:
+        walk.advance()
+    module, caught = walk.blocks[10].self_attn.o_proj, []
+    hook = module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    next(walk.outputs())
+    hook.remove()
+    inputs, weight = caught[0].flatten(0, 1), module.weight.detach()
+    pattern = Unstructured(0.5, "row")
+    bare = wanda(weight.double().numpy(), inputs.double().numpy(), 0.5)
+    assert torch.equal(Wanda().prune(weight, seen(inputs), pattern).weight.double(), torch.from_numpy(bare))
+    ours = SparseGPT().prune(weight, seen(inputs), pattern).weight
+    theirs = torch.from_numpy(sparsegpt(weight.double().numpy(), inputs.double().numpy(), 0.5))
+    assert float(((ours == 0) == (theirs == 0)).float().mean()) > 0.999
+    assert error(weight, ours, inputs) == pytest.approx(error(weight, theirs, inputs), rel=1e-3)
+    assert error(weight, ours, inputs) < 0.5 * error(weight, torch.from_numpy(bare), inputs)
+
+
 def test_sparsegpt_changes_nothing_where_nothing_goes():
     weight, inputs = layer()
     pruned = SparseGPT().prune(weight, seen(inputs), Unstructured(0.0, "row"))
