@@ -6,7 +6,7 @@ import pytest
 
 COMMANDS = (
     *("fetch", "train", "evaluate", "compare", "compare-dictionaries", "report", "steer", "circuit", "explore"),
-    *("explain", "finetune", "generate", "bench-cache", "study", "doctor"),
+    *("prune", "finetune", "compress", "explain", "generate", "bench-cache", "study", "doctor"),
 )
 
 

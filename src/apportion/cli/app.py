@@ -18,6 +18,7 @@ from apportion.cli import (
     fetch,
     finetune,
     generate,
+    prune,
     report,
     steer,
     study,
@@ -70,6 +71,7 @@ for command in (
     finetune.finetune,
     generate.generate,
     bench_cache.bench_cache,
+    prune.prune,
     study.study,
     doctor.doctor,
 ):

@@ -51,6 +51,20 @@ def explain_write_error(error: OSError, path: Path) -> Exception:
     return error
 
 
+def check_writable(folder: Path | str) -> None:
+    """Make sure that files can be written in a folder, which is made if need be.
+
+    Raises:
+        InputError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise explain_write_error(error, Path(folder)) from error
+
+
 def sync(path: Path) -> None:
     """Flush a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -13,7 +13,6 @@ import math
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +25,8 @@ from torch import Tensor
 from apportion.allocate import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, Uniform, Zipf
 from apportion.data import corpus
 from apportion.data.corpora import add_to_digest
-from apportion.data.files import explain_write_error, read_json, write_json
+from apportion.data.files import check_writable as check_writable  # where commands look for it
+from apportion.data.files import read_json, write_json
 from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.distributed import fit_dictionary_over_mesh
@@ -471,20 +471,6 @@ def _version(package: str) -> str:
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
-
-
-def check_writable(folder: Path | str) -> None:
-    """Make sure that files can be written in a folder, which is made if need be.
-
-    Raises:
-        InputError: they cannot.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise explain_write_error(error, Path(folder)) from error
 
 
 def check_run_folder(folder: Path | str) -> None:

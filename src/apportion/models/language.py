@@ -111,6 +111,18 @@ class LanguageModel:
         hidden = base_of(self.model)(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
+        return self.losses_of(hidden, input_ids)
+
+    @torch.no_grad()
+    def losses_of(
+        self, hidden: Float[Tensor, "batch time width"], input_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch time-1"]:
+        """`loss_per_token`, given what the head is given for each token.
+
+        Raises:
+            InputError: the model does not predict the next token.
+        """
+        self._check_causal("next-token losses")
         hidden = hidden[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten().long()
         head = self.model.get_output_embeddings()
@@ -211,7 +223,7 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Langu
         InputError: no such model, a packaged model that was not fetched yet, a damaged model, one of an unknown family,
             a wrong dtype or device.
     """
-    place = _device(device)
+    place = device_named(device)
     number = _dtype(dtype, place)
     name = str(name)
     if name in PACKAGES:
@@ -312,7 +324,12 @@ def _dtype(dtype: str, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
-def _device(device: str) -> torch.device:
+def device_named(device: str) -> torch.device:
+    """A torch device that this machine has.
+
+    Raises:
+        InputError: it has none of that name.
+    """
     try:
         place = torch.device(device)
         torch.empty(0, device=place)

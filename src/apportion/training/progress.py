@@ -26,10 +26,10 @@ class _Silence:
 
 
 class _Bar:
-    def __init__(self, progress: Progress, steps: int, steps_done: int, shown: tuple[str, ...]) -> None:
+    def __init__(self, progress: Progress, steps: int, steps_done: int, shown: tuple[str, ...], title: str) -> None:
         self._progress = progress
         self._shown = shown
-        self._task = progress.add_task("training", total=steps, completed=steps_done, values="")
+        self._task = progress.add_task(title, total=steps, completed=steps_done, values="")
 
     def update(self, steps_done: int, record: Record | None) -> None:
         if record is not None:
@@ -39,8 +39,14 @@ class _Bar:
 
 class _Lines:
     def __init__(
-        self, console: Console, steps: int, shown: tuple[str, ...], clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console,
+        steps: int,
+        shown: tuple[str, ...],
+        clock: Callable[[], float] = time.monotonic,
+        what: str = "step",
     ) -> None:
+        self._what = what
         self._console = console
         self._steps = steps
         self._shown = shown
@@ -51,21 +57,38 @@ class _Lines:
         if record is None or self._clock() - self._printed_at < _SECONDS_BETWEEN_LINES:
             return
         self._printed_at = self._clock()
-        line = f"step {steps_done:,}/{self._steps:,}  {_values(record, self._shown)}"
+        line = f"{self._what} {steps_done:,}/{self._steps:,}  {_values(record, self._shown)}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress_display(
-    enabled: bool, steps: int, steps_done: int, shown: tuple[str, ...], console: Console | None = None
+    enabled: bool,
+    steps: int,
+    steps_done: int,
+    shown: tuple[str, ...],
+    console: Console | None = None,
+    *,
+    what: str = "step",
+    title: str = "training",
 ) -> Iterator[Display]:
-    """A display for a run of ``steps`` of which ``steps_done`` are done; ``shown`` names the logged values to show."""
+    """A display for a run of ``steps`` of which ``steps_done`` are done.
+
+    Args:
+        enabled: whether to show anything.
+        steps: of the whole run.
+        steps_done: before it began.
+        shown: names of the logged values to show.
+        console: to show them on; stderr if None.
+        what: a step is called.
+        title: of the bar.
+    """
     if not enabled:
         yield _Silence()
         return
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        yield _Lines(console, steps, shown)
+        yield _Lines(console, steps, shown, what=what)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -76,7 +99,7 @@ def progress_display(
     )
     # Drawn from a thread of its own: often enough to look alive, rarely enough not to cost training anything.
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
-        yield _Bar(progress, steps, steps_done, shown)
+        yield _Bar(progress, steps, steps_done, shown, title)
 
 
 def _values(record: Record, shown: tuple[str, ...]) -> str:
