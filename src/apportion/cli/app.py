@@ -11,6 +11,7 @@ from apportion.cli import (
     circuit,
     compare,
     compare_dictionaries,
+    compress,
     doctor,
     evaluate,
     explain,
@@ -68,6 +69,7 @@ for command in (
     explore.explore,
     generate.generate,
     bench_cache.bench_cache,
+    compress.compress,
     study.study,
     doctor.doctor,
 ):
