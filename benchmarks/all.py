@@ -2,5 +2,5 @@
 
 import importlib
 
-for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "prefill"):
+for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "prefill", "spmm"):
     importlib.import_module(f"benchmarks.{_name}")

@@ -22,9 +22,9 @@ from apportion.errors import InputError
 from apportion.models import LanguageModel, load
 from apportion.models.families import transformer_of
 from apportion.models.packed_files import DTYPES, KIND, MANIFEST, VERSION, WEIGHTS, read_packed
-from apportion.ops.spmm.formats import FORMATS, Bitmap, Blocks, Dense, NarrowCSR, NOfM, Packed
+from apportion.ops.spmm.formats import FORMATS, Dense, Packed
 from apportion.weights.compress import replace_module
-from apportion.weights.sparse_linear import RUNNABLE, SparseLinear, smallest
+from apportion.weights.sparse_linear import RUNNABLE, SparseLinear, bytes_by_format, smallest
 
 
 @dataclass(frozen=True)
@@ -197,18 +197,6 @@ def save_transformers(lm: LanguageModel, out: Path | str) -> Path:
         raise InputError(f"cannot write {out} ({error})") from error
     lm.tokenizer.save_pretrained(out)
     return out
-
-
-def bytes_by_format(weight: Tensor) -> dict[str, int]:
-    """Bytes of a matrix in every format that can hold it; blocks of 16 x 16."""
-    size, nonzeros = weight.element_size(), int(weight.count_nonzero())
-    shape = (weight.shape[0], weight.shape[1])
-    found = {each.name: each.formula(shape, nonzeros, size) for each in (Dense, Bitmap, NarrowCSR)}
-    pattern = NOfM.pattern(weight)
-    if pattern is not None:
-        found["nm"] = NOfM.formula(shape, *pattern, size)
-    found["block"] = Blocks.pack(weight).nbytes
-    return found
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -183,15 +183,20 @@ class SparseLinear(nn.Module):
 
 def smallest(weight: Tensor) -> Packed:
     """A weight in the format that takes the fewest bytes; a tie goes to the one that is read as it is."""
-    size, nonzeros = weight.element_size(), int((weight != 0).sum())
+    found = bytes_by_format(weight)
+    return pack_as(weight, min(("bitmap", "csr", "dense", "nm", "block"), key=lambda each: found.get(each, 2**63)))
+
+
+def bytes_by_format(weight: Tensor) -> dict[str, int]:
+    """Bytes of a matrix in every format that can hold it; blocks of 16 x 16."""
+    size, nonzeros = weight.element_size(), int(weight.count_nonzero())
     shape = (weight.shape[0], weight.shape[1])
-    bytes_of = {name: FORMATS[name].formula(shape, nonzeros, size) for name in ("bitmap", "csr", "dense")}  # type: ignore[call-arg]
+    found = {each.name: each.formula(shape, nonzeros, size) for each in (Dense, Bitmap, NarrowCSR)}
     pattern = NOfM.pattern(weight)
     if pattern is not None:
-        bytes_of["nm"] = NOfM.formula(shape, *pattern, size)
-    best = min(bytes_of, key=bytes_of.__getitem__)
-    blocks = Blocks.pack(weight)
-    return blocks if blocks.nbytes < bytes_of[best] else pack_as(weight, best)
+        found["nm"] = NOfM.formula(shape, *pattern, size)
+    found["block"] = Blocks.formula(shape, Blocks.count(weight) if weight.numel() else 0, 16, 16, size)
+    return found
 
 
 def pack_as(weight: Tensor, format: str, settings: Mapping[str, int] | None = None) -> Packed:

@@ -9,7 +9,7 @@
 Sums are taken in float32 (float64 where an operand is), the result has the type of ``x``, and weights are not rounded to
 it: each product equals that with the dense, masked matrix but for the order of its sums. What a zero does to an infinity
 is the one exception: where ``x`` is not finite, zeros may be skipped (dense: NaN) or not. Without gradient: packed
-weights are for inference. Sizes are checked by whoever packs (`apportion.weights.SparseLinear`), not at every call.
+weights are for inference. On CUDA the bitmap and blocks have kernels; the CSR takes its definition there. Sizes are checked by whoever packs (`apportion.weights.SparseLinear`), not at every call.
 """
 
 import torch
@@ -102,6 +102,24 @@ def _(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
     from apportion.ops.spmm import cpu
 
     return cpu.block_matmul(x, starts, columns, blocks)
+
+
+@bitmap_matmul.register_kernel("cuda")
+def _(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None = None) -> Tensor:
+    if not runs_compiled(x, values):
+        return reference.bitmap_matmul(x, bits, starts, values)
+    from apportion.ops.spmm import cuda
+
+    return cuda.bitmap_matmul(x, bits, starts, values)
+
+
+@block_matmul.register_kernel("cuda")
+def _(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
+    if not runs_compiled(x, blocks):
+        return reference.block_matmul(x, starts, columns, blocks)
+    from apportion.ops.spmm import cuda
+
+    return cuda.block_matmul(x, starts, columns, blocks)
 
 
 @bitmap_matmul.register_fake

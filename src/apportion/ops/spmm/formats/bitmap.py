@@ -87,7 +87,7 @@ class Bitmap:
     def words(self) -> Tensor:
         """The bits as kernels read them: int64 [rows, ceil(columns / 64)], filled up with zeros."""
         padded = torch.nn.functional.pad(self.bits, (0, -self.bits.shape[1] % _WORD_BYTES))
-        return padded.contiguous().view(torch.int64)
+        return padded.flatten().view(torch.int64).view(self.shape[0], padded.shape[1] // _WORD_BYTES)
 
     def unpack(self) -> Tensor:
         """The matrix."""

@@ -76,6 +76,12 @@ class Blocks:
         """Bytes with so many blocks of values of so many bytes."""
         return (-(-shape[0] // height) + 1) * 4 + blocks * (height * width * size + 4)
 
+    @staticmethod
+    def count(weight: Tensor, height: int = 16, width: int = 16) -> int:
+        """How many blocks a matrix has that are not all zeros."""
+        kept = torch.nn.functional.pad(weight != 0, (0, -weight.shape[1] % width, 0, -weight.shape[0] % height))
+        return int(kept.unflatten(1, (-1, width)).any(-1).unflatten(0, (-1, height)).any(1).sum())
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

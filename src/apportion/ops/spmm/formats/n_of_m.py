@@ -44,7 +44,13 @@ class NOfM:
         kept = check_weight(weight) != 0
         if not kept.numel():
             return None
-        return next((each for each in PATTERNS if int(_groups(kept, each[1]).sum(-1).max()) <= each[0]), None)
+
+        def fits(rows: Tensor, keep: int, of: int) -> bool:
+            return int(_groups(rows.to(torch.uint8), of).sum(-1).max()) <= keep
+
+        # A few rows say no to most.
+        likely = [each for each in PATTERNS if fits(kept[:16], *each)]
+        return next((each for each in likely if fits(kept, *each)), None)
 
     @classmethod
     def pack(cls, weight: Tensor, keep: int | None = None, of: int | None = None) -> "NOfM":
