@@ -55,7 +55,7 @@ def test_compress_answers_in_json(tiny_llama, typed, tmp_path):
     out = tmp_path / "small"
     answer = typed("compress", pruned, "--out", out, "--dtype", "bfloat16", "--format", "bitmap", "--json").json
     assert answer["bytes"] == (out / "packed.safetensors").stat().st_size
-    assert answer["ratio"] == answer["dense_bytes"] / answer["bytes"] > 2
+    assert answer["ratio"] == answer["dense_bytes"] / answer["bytes"] > 1.5
     formats = answer["by_format"]
     assert formats["bitmap"]["bytes"] < formats["csr"]["bytes"] < formats["dense"]["bytes"]
     assert formats["bitmap"]["chosen"] == 21

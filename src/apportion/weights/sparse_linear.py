@@ -71,7 +71,7 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         format: str = "auto",
         *,
         dtype: torch.dtype | None = None,
@@ -155,21 +155,24 @@ class SparseLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, format={self.format}, zeros={share:.1%}"
 
     def _product(self, x: Tensor) -> Tensor:
-        # The way past torch's dispatcher: a small layer takes no longer than asking it.
-        direct = x.device.type == "cpu" and not torch.compiler.is_compiling() and runs_compiled(x, self.values)
+        # The way past torch's dispatcher, and past attributes of modules: a small layer takes no longer than they do.
+        held = self._buffers
+        values: Any = held["values"]
+        direct = x.device.type == "cpu" and not torch.compiler.is_compiling() and runs_compiled(x, values)
         if direct:
             from apportion.ops.spmm import cpu
         if self._kind == "bitmap":
             way = None if self.crossover is None else self.crossover.way(x.shape[0])
             multiply: Any = cpu.bitmap_matmul if direct else bitmap_matmul
-            return multiply(x, self.bits, self.starts, self.values, way)  # type: ignore[no-any-return]
+            return multiply(x, held["bits"], held["starts"], values, way)  # type: ignore[no-any-return]
         if self._kind == "csr":
             multiply = cpu.csr_narrow_matmul if direct else csr_narrow_matmul
-            return multiply(x, self.starts, self.columns, self.values)  # type: ignore[no-any-return]
-        missing = -self.in_features % self.values.shape[2]
+            return multiply(x, held["starts"], held["columns"], values)  # type: ignore[no-any-return]
+        missing = -self.in_features % values.shape[2]
         x = nn.functional.pad(x, (0, missing)) if missing else x
         multiply = cpu.block_matmul if direct else block_matmul
-        return multiply(x, self.starts, self.columns, self.values)[:, : self.out_features]  # type: ignore[no-any-return]
+        found: Tensor = multiply(x, held["starts"], held["columns"], values)
+        return found[:, : self.out_features]
 
     def _runtime(self) -> Packed:
         shape = (self.out_features, self.in_features)

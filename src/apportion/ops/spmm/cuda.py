@@ -185,8 +185,12 @@ def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> 
 
 
 def _number(x: Tensor, values: Tensor) -> tl.dtype:
-    """What is multiplied: the type of both, or float32, so that neither is rounded to the other's."""
-    return tl.bfloat16 if x.dtype == values.dtype == torch.bfloat16 else tl.float32
+    """What is multiplied: the type of both, or float32, so that neither is rounded to the other's.
+
+    Triton's interpreter multiplies bfloat16 as if they were whole numbers, so that it gets float32.
+    """
+    half = x.dtype == values.dtype == torch.bfloat16 and not triton.knobs.runtime.interpret
+    return tl.bfloat16 if half else tl.float32
 
 
 def _power(count: int) -> int:
