@@ -4,7 +4,9 @@ In a model the layers take turns, so that a weight is seldom in a cache when its
 random, which changes nothing for these formats. Bytes are those that a product reads of its weight.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from apportion.errors import InputError
 from apportion.models import LanguageModel, load
 from apportion.ops.spmm import cpu
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
+from apportion.studies.flash_llm import torch_csr
 from apportion.weights.compress import compress, decompress
 from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, benchmark, timed
 
@@ -23,8 +26,8 @@ _SHAPES = {
     "SmolLM2": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
     "7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
 }
-_SPARSITIES, _BATCHES = (0.5, 0.7, 0.8, 0.9), (1, 4, 16)
-_COLD = 256_000_000  # bytes of dense weights that take turns
+_CASES = ((0.5, 1), (0.7, 1), (0.8, 1), (0.8, 4), (0.8, 16), (0.9, 1))  # share of zeros, columns
+_COLD = 128_000_000  # bytes of dense weights that take turns
 _MODEL = "smollm2"
 
 
@@ -41,27 +44,51 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
         )
         for model, sizes in shapes.items()
         for rows, columns in sizes
-        for sparsity in ((0.8,) if smoke else _SPARSITIES)
-        for batch in ((1,) if smoke else _BATCHES)
+        for sparsity, batch in (((0.8, 1),) if smoke else _CASES)
     ]
 
 
-def _race(rows: int, columns: int, sparsity: float, batch: int, smoke: bool) -> Race:
+@dataclass(frozen=True)
+class _Weights:
+    """The same weights in every form."""
+
+    dense: list[Tensor]
+    half: list[Tensor]
+    torch_csr: list[Tensor]
+    bitmap: list[tuple[Tensor, Tensor, Tensor]]
+    bitmap_half: list[tuple[Tensor, Tensor, Tensor]]
+    csr: list[tuple[Tensor, Tensor, Tensor]]
+
+
+@functools.lru_cache(maxsize=1)
+def _weights(rows: int, columns: int, sparsity: float, layers: int) -> _Weights:
     draw = torch.Generator().manual_seed(0)
-    layers = 2 if smoke else max(2, min(32, _COLD // (rows * columns * 4)))
-    x = torch.randn(batch, columns, generator=draw)
-    half = x.bfloat16()
-    dense, dense_half, torch_csr, bitmap, bitmap_half, csr = [], [], [], [], [], []
+    found = _Weights([], [], [], [], [], [])
     for _ in range(layers):
-        weight = torch.randn(rows, columns, generator=draw)
-        weight *= torch.rand(rows, columns, generator=draw) >= sparsity
-        dense.append(weight)
-        dense_half.append(weight.bfloat16())
-        torch_csr.append(weight.to_sparse_csr())
-        bitmap.append(_read(Bitmap.pack(weight)))
-        bitmap_half.append(_read(Bitmap.pack(dense_half[-1])))
-        narrow = NarrowCSR.pack(weight)
-        csr.append((narrow.starts.long(), narrow.columns, narrow.values))
+        weight = torch.rand(rows, columns, generator=draw) - 0.5
+        weight[weight.abs() < sparsity / 2] = 0
+        half, narrow = weight.bfloat16(), NarrowCSR.pack(weight)
+        found.dense.append(weight)
+        found.half.append(half)
+        found.torch_csr.append(torch_csr(weight))
+        found.bitmap.append(_read(Bitmap.pack(weight)))
+        found.bitmap_half.append(_read(Bitmap.pack(half)))
+        found.csr.append((narrow.starts.long(), narrow.columns, narrow.values))
+    return found
+
+
+def _race(rows: int, columns: int, sparsity: float, batch: int, smoke: bool) -> Race:
+    layers = 2 if smoke else max(2, min(32, _COLD // (rows * columns * 4)))
+    all_of = _weights(rows, columns, sparsity, layers)
+    dense, dense_half, bitmap, bitmap_half, csr = (
+        all_of.dense,
+        all_of.half,
+        all_of.bitmap,
+        all_of.bitmap_half,
+        all_of.csr,
+    )
+    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(0))
+    half = x.bfloat16()
 
     def turn(run: Callable[[int], object]) -> Callable[[int], Sample]:
         """Every layer once; seconds of one."""
@@ -74,14 +101,16 @@ def _race(rows: int, columns: int, sparsity: float, batch: int, smoke: bool) -> 
         return lambda number: {"seconds": measure(number)["seconds"] / layers}
 
     by_csr: Callable[[int], Tensor] = (
-        (lambda i: torch_csr[i] @ x[0]) if batch == 1 else lambda i: torch.mm(torch_csr[i], x.t())
+        (lambda i: all_of.torch_csr[i] @ x[0]) if batch == 1 else lambda i: torch.mm(all_of.torch_csr[i], x.t())
     )
     cases = [
         Case(_DENSE, turn(lambda i: nn.functional.linear(x, dense[i])), "torch"),
         Case("dense bfloat16", turn(lambda i: nn.functional.linear(half, dense_half[i])), "torch, bfloat16 input"),
         Case("torch CSR", turn(by_csr), "float32, int64 columns"),
         Case("bitmap float32", turn(lambda i: cpu.bitmap_matmul(x, *bitmap[i])), "the usual way"),
-        Case("bitmap bfloat16", turn(lambda i: cpu.bitmap_matmul(x, *bitmap_half[i])), "bfloat16 values, float32 input"),
+        Case(
+            "bitmap bfloat16", turn(lambda i: cpu.bitmap_matmul(x, *bitmap_half[i])), "bfloat16 values, float32 input"
+        ),
         Case("csr float32", turn(lambda i: cpu.csr_narrow_matmul(x, *csr[i])), "16-bit columns"),
     ]
     return Race(cases, _DENSE)
@@ -159,5 +188,3 @@ def _prune(module: nn.Module, share: float) -> None:
         if isinstance(each, nn.Linear) and not name.endswith("lm_head"):
             cut = each.weight.abs().flatten().kthvalue(int(each.weight.numel() * share)).values
             each.weight *= each.weight.abs() > cut
-
-

@@ -49,7 +49,21 @@ def run_smoke(name: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("smoke")
 @pytest.mark.parametrize(
-    "name", ["step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "generation", "prefill"]
+    "name",
+    [
+        "step",
+        "step_parts",
+        "scaling",
+        "memory",
+        "million",
+        "harvest",
+        "report",
+        "keys",
+        "generation",
+        "prefill",
+        "spmm",
+        "sparse_decode",
+    ],
 )
 def test_smoke_run_gives_the_promised_json(name: str) -> None:
     result = run_smoke(name)

@@ -59,7 +59,7 @@ def test_recommendations():
 
 
 def test_bad_input():
-    with pytest.raises(InputError, match="sparsity=1.5"):
+    with pytest.raises(InputError, match=r"sparsity=1\.5"):
         lscd_intensity(8, 1, 1.5)
     with pytest.raises(InputError, match="format 'coo'"):
         weight_bytes(8, 8, 0.5, 2, "coo")

@@ -100,7 +100,7 @@ def _content(model: str, out: Path, format: str, dtype: str, saved: "Saved") -> 
 
 
 def _by_format(saved: "Saved") -> dict[str, dict[str, int]]:
-    """Bytes that all matrices would take in each format (dense where it cannot hold one), and how many it was best for."""
+    """Bytes of all matrices in each format (dense where it cannot hold one), and how many it was chosen for."""
     names = [name for name in _FORMATS[1:] if any(name in each.by_format for each in saved.weights)]
     return {
         name: {

@@ -133,7 +133,9 @@ def _packed_model(model: str, dtype: str, device: str) -> "LanguageModel":
     from apportion.weights.checkpoint import load_compressed
 
     if not is_packed(model):
-        raise InputError(f"{model} is no folder of packed weights: make one with `apportion compress`, or leave --sparse")
+        raise InputError(
+            f"{model} is no folder of packed weights: make one with `apportion compress`, or leave --sparse"
+        )
     lm: LanguageModel = load_compressed(model, dtype, device)
     return lm
 

@@ -4,7 +4,7 @@ A folder holds ``packed.safetensors``, ``packed.json`` (the manifest) and, for a
 keeps beside weights (``config.json``, the tokenizer ...). The manifest:
 
     {"kind": "apportion packed weights", "version": 1,
-     "tensors": {"model.layers.0.mlp.up_proj.weight": {"format": "bitmap", "shape": [1536, 576], "dtype": "float32"}, ...},
+     "tensors": {"model.layers.0.mlp.up_proj.weight": {"format": "bitmap", "shape": [1536, 576], "dtype": "float32"}},
      "tied": {"lm_head.weight": "model.embed_tokens.weight"}}
 
 A tensor ``NAME`` of format ``dense`` lies in the file under its name; one of another format as ``NAME/bits``,
@@ -25,7 +25,9 @@ from apportion.ops.spmm.formats import FORMATS, Packed
 
 WEIGHTS, MANIFEST = "packed.safetensors", "packed.json"
 KIND, VERSION = "apportion packed weights", 1
-DTYPES = {str(each).removeprefix("torch."): each for each in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+DTYPES = {
+    str(each).removeprefix("torch."): each for each in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,7 @@ class Saved:
 
 
 @torch.no_grad()
-def save_compressed(
-    model: Any, folder: Path | str, format: str = "auto", dtype: torch.dtype | None = None
-) -> Saved:
+def save_compressed(model: Any, folder: Path | str, format: str = "auto", dtype: torch.dtype | None = None) -> Saved:
     """Write a model with its matrices packed.
 
     Args:

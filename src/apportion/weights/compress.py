@@ -4,8 +4,8 @@
     print(report.bytes, report.dense_bytes)
     decompress(lm)                 # dense again, bit for bit (but that -0.0 is 0.0)
 
-Any model with ``nn.Linear`` layers will do. A layer stays dense, and the report says why, if it has too few zeros, if its
-weight is tied to another module's (packing the head would not remove the embeddings), or, with ``measure=True``, if
+Any model with ``nn.Linear`` layers will do. A layer stays dense, and the report says why, if it has too few zeros, if
+its weight is tied to another module's (packing the head would not remove the embeddings), or, with ``measure=True``, if
 dense is faster here.
 """
 

@@ -30,19 +30,23 @@ class Crossover:
     @property
     def format(self) -> str:
         """Of bitmap and csr, the faster for one row."""
-        first = self.seconds[COUNTS[0]]
-        return "csr" if first["csr"] < min(took for way, took in first.items() if way not in ("csr", "dense")) else "bitmap"
+        ways = _of_a_bitmap(self.seconds[COUNTS[0]])
+        return "csr" if self.seconds[COUNTS[0]]["csr"] < min(ways.values()) else "bitmap"
 
     def way(self, count: int) -> str:
         """The fastest way to read a bitmap for so many rows."""
         near = next((each for each in COUNTS if count <= each), COUNTS[-1])
-        ways = {way: took for way, took in self.seconds[near].items() if way not in ("csr", "dense")}
+        ways = _of_a_bitmap(self.seconds[near])
         return "panels" if count > COUNTS[-1] else min(ways, key=ways.__getitem__)
 
     def gain(self, count: int = 1) -> float:
         """How many times faster than dense the best way is, for a number of rows that was measured."""
         took = self.seconds[count]
         return took["dense"] / min(each for way, each in took.items() if way != "dense")
+
+
+def _of_a_bitmap(seconds: dict[str, float]) -> dict[str, float]:
+    return {way: took for way, took in seconds.items() if way not in ("csr", "dense")}
 
 
 def measure_crossover(weight: Tensor) -> Crossover | None:
@@ -68,8 +72,9 @@ def _measured(rows: int, columns: int, dtype: torch.dtype, share: int, threads: 
     seconds: dict[int, dict[str, float]] = {}
     for count in COUNTS:
         x = torch.randn(count, columns, generator=draw)
+        narrow = x.to(dtype)
         ways: dict[str, Callable[[], object]] = {
-            "dense": lambda x=x.to(dtype): torch.nn.functional.linear(x, weight),  # type: ignore[misc]
+            "dense": lambda x=narrow: torch.nn.functional.linear(x, weight),  # type: ignore[misc]
             "csr": lambda x=x: cpu.csr_narrow_matmul(x, csr_starts, csr.columns, csr.values),  # type: ignore[misc]
         }
         for way in cpu.WAYS if cpu.has_expand() else cpu.WAYS[1:]:

@@ -2,8 +2,8 @@
 
 What is allocated is memory bandwidth: when a model writes text, each layer is a product of a weight ``[M, K]`` with few
 columns ``[K, N]``, and reading the weight takes longer than multiplying by it. Only nonzeros are read (LSCD: load as
-sparse, compute as dense); multiplications by zeros are made all the same, so that no *compute* is saved and the gain ends
-where a product is limited by compute. Who is kept is not decided here: any pruner's zeros do.
+sparse, compute as dense); multiplications by zeros are made all the same, so that no *compute* is saved and the gain
+ends where a product is limited by compute. Who is kept is not decided here: any pruner's zeros do.
 
 | paper | here |
 |---|---|
@@ -13,8 +13,8 @@ where a product is limited by compute. Who is kept is not decided here: any prun
 | LSCD kernel | ``expand`` of `apportion.ops.spmm.cpu`, ``_bitmap`` of `apportion.ops.spmm.cuda` |
 
 Departures: kernels read bitmaps, which take fewer bytes than Tiled-CSL below 93.75 % zeros; the dense tile lies in
-registers (CPU) or is looked up (Triton), not in shared memory; for a dozen columns or more the CPU skips zeros after all
-(``nonzeros``), which is faster there.
+registers (CPU) or is looked up (Triton), not in shared memory; for a dozen columns or more the CPU skips zeros after
+all (``nonzeros``), which is faster there.
 
 The formulas below are for deciding, `recommend` puts them together, and what is measured on a machine overrules them.
 """
@@ -148,7 +148,7 @@ def recommend(
 
 def _by_measure(measured: Mapping[str, float]) -> Recommendation:
     if "dense" not in measured or len(measured) < 2:
-        raise InputError(f"measured has {', '.join(measured) or 'nothing'}: seconds of dense and of another way are needed")
+        raise InputError(f"measured has {', '.join(measured) or 'nothing'}: give seconds of dense and of another way")
     best = min((way for way in measured if way != "dense"), key=measured.__getitem__)
     gain = measured["dense"] / measured[best]
     format = "dense" if gain <= 1 else "csr" if best == "csr" else "bitmap"

@@ -6,10 +6,11 @@
 | ``csr_narrow_matmul`` | 16-bit columns and values (`formats.NarrowCSR`) | hardly anything left |
 | ``block_matmul`` | whole blocks (`formats.Blocks`) | block-sparse weights |
 
-Sums are taken in float32 (float64 where an operand is), the result has the type of ``x``, and weights are not rounded to
-it: each product equals that with the dense, masked matrix but for the order of its sums. What a zero does to an infinity
-is the one exception: where ``x`` is not finite, zeros may be skipped (dense: NaN) or not. Without gradient: packed
-weights are for inference. On CUDA the bitmap and blocks have kernels; the CSR takes its definition there. Sizes are checked by whoever packs (`apportion.weights.SparseLinear`), not at every call.
+Sums are taken in float32 (float64 where an operand is), the result has the type of ``x``, and weights are not rounded
+to it: each product equals that with the dense, masked matrix but for the order of its sums. What a zero does to an
+infinity is the one exception: where ``x`` is not finite, zeros may be skipped (dense: NaN) or not. Without gradient:
+packed weights are for inference. On CUDA the bitmap and blocks have kernels; the CSR takes its definition there. Sizes
+are checked by whoever packs (`apportion.weights.sparse_linear`), not at every call.
 """
 
 import torch

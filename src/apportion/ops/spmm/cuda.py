@@ -1,8 +1,8 @@
 """Products with packed matrices on CUDA, compiled by Triton: load as sparse, compute as dense.
 
-Flash-LLM scatters packed words into a dense tile of shared memory and multiplies by that. Triton leaves shared memory to
-its compiler, so the tile is made by looking up instead: a bit's rank among the bits of its row says which packed value is
-its own, and a row's values lie side by side, so that the look-ups of a row fall into few cache lines. Products are
+Flash-LLM scatters packed words into a dense tile of shared memory and multiplies by that. Triton leaves shared memory
+to its compiler, so the tile is made by looking up instead: a bit's rank among the bits of its row says which packed value
+is its own, and a row's values lie side by side, so that the look-ups of a row fall into few cache lines. Products are
 tensor-core products of the dense tile, zeros and all; what is saved is memory traffic.
 
 Columns may be split among programs (split-K): each counts the bits before its share, and partial sums in float32 are
@@ -61,7 +61,7 @@ def _bitmap(
     place = tl.arange(0, 64)
     base = tl.load(starts + row, mask=is_row, other=0)
     first, last = split * share, min(words, (split + 1) * share)
-    for word in range(0, first):
+    for word in range(first):
         base += _ones(tl.load(bits + row.to(tl.int64) * words + word, mask=is_row, other=0))
     total = tl.zeros((ROWS, COUNT), tl.float32)
     for word in range(first, last):
@@ -157,7 +157,10 @@ def bitmap_matmul(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, split
 
 
 def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
-    """``x @ W.T`` in the type of ``x``; see ``apportion.ops.spmm.block_matmul``. Blocks have powers of two from 16 on."""
+    """``x @ W.T`` in the type of ``x``; see ``apportion.ops.spmm.block_matmul``.
+
+    Sides of blocks that are no powers of two from 16 on are left to the definition.
+    """
     _, height, width = blocks.shape
     count, groups = x.shape[0], starts.shape[0] - 1
     if any(size < 16 or size & (size - 1) for size in (height, width)):

@@ -1,10 +1,10 @@
 """Vector code that numba cannot be asked for in Python: one row of a packed matrix times a few columns.
 
-Each intrinsic writes out the loop over a row in LLVM's own vectors of 16 float32. Two of them lean on instructions of
+Each intrinsic writes out the loop over a row in LLVM's own vectors of 16 float32. Most of them lean on instructions of
 AVX-512: ``expand`` puts the next packed values where a mask has ones, which is a bitmap's row made dense in registers,
-16 (bfloat16: 32) places at a time; ``compress`` is its inverse, which makes column numbers of the mask. `has_expand` says
-whether they exist here; LLVM would spell them out in dozens of scalar branches otherwise. `_wide_sum` is plain vector
-code for any processor.
+16 (bfloat16: 32) places at a time; ``compress`` is its inverse, which makes column numbers of the mask. `has_expand`
+says whether they exist here; LLVM would spell them out in dozens of scalar branches otherwise. `wide_sum` is plain
+vector code for any processor.
 """
 
 import functools
@@ -39,15 +39,11 @@ def expanded_dots(typing_context, values, at, bits, word, words, x, first, x_ste
     bfloat16 values, columns have each 32 numbers in the order 0, 2, ..., 30, 1, 3, ..., 31.
     """
     integer = types.int64
-    signature = types.none(
-        values, integer, bits, integer, integer, x, integer, integer, out, integer, integer, integer
-    )
+    signature = types.none(values, integer, bits, integer, integer, x, integer, integer, out, integer, integer, integer)
 
     def generate(context, builder, signature, arguments):
         _, at, _, word, words, _, first, x_step, _, place, out_step, count = arguments
-        values, bits, x, out = (
-            _data(context, builder, signature.args[each], arguments[each]) for each in (0, 2, 5, 8)
-        )
+        values, bits, x, out = (_data(context, builder, signature.args[each], arguments[each]) for each in (0, 2, 5, 8))
         x = builder.gep(x, [first])
         single = signature.args[0].dtype == types.float32
         after = builder.append_basic_block("after")

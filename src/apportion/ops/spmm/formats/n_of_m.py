@@ -1,4 +1,4 @@
-"""At most N values in each M consecutive places of a row: N values and N places of ``ceil(log2(M))`` bits for each M."""
+"""At most N values in each M consecutive places of a row: N values and N places of a few bits for each M."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,9 +80,7 @@ class NOfM:
         # Stable: the values first and then the free places, both from left to right.
         order = (~kept).to(torch.uint8).argsort(dim=-1, stable=True)[..., :keep].sort(dim=-1).values
         values = groups.gather(-1, order)
-        return cls(
-            (weight.shape[0], weight.shape[1]), keep, of, values + 0.0, _to_bits(order.flatten(1), _bits(of))
-        )
+        return cls((weight.shape[0], weight.shape[1]), keep, of, values + 0.0, _to_bits(order.flatten(1), _bits(of)))
 
     @classmethod
     def restore(cls, shape: tuple[int, int], tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> "NOfM":

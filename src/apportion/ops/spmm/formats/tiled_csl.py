@@ -65,8 +65,8 @@ class TiledCSL:
             count = np.count_nonzero(tile)
             if count > CAPACITY:
                 raise InputError(
-                    f"the tile at row {place // across * TILE_ROWS}, column {place % across * TILE_COLUMNS} has {count} "
-                    f"values of {TILE_ROWS * TILE_COLUMNS}: Tiled-CSL holds {CAPACITY}; pack the matrix as a bitmap"
+                    f"the tile at row {place // across * TILE_ROWS}, column {place % across * TILE_COLUMNS} has "
+                    f"{count} values of {TILE_ROWS * TILE_COLUMNS}: Tiled-CSL holds {CAPACITY}; pack the matrix as a bitmap"
                 )
             packed.append(_words_of(tile))
         sizes = [len(each) // _VECTOR for each in packed] + [0]
