@@ -1,16 +1,16 @@
 """Study of Flash-LLM on a CPU.
 
-*Flash-LLM: Enabling Cost-Effective and Highly-Efficient Large Generative Model Inference with Unstructured Sparsity*, Xia
-et al. 2023, arXiv 2309.10285. A CPU has no tensor cores, but the same wall of memory bandwidth: weights are loaded as a
-bitmap and multiplied as dense, in registers for a few columns, panel by panel in the cache for many (LSCD). Measured are
-layers of SmolLM2's MLPs, pruned by magnitude, and random matrices of 4096 x 4096, which no cache near a core holds. All
-arms compute the same product of the same masked weight in float32 on one thread; several weights take turns, so that
-none waits in a near cache; the arms take turns as well. Nothing is tuned.
+*Flash-LLM: Enabling Cost-Effective and Highly-Efficient Large Generative Model Inference with Unstructured Sparsity*,
+Xia et al. 2023, arXiv 2309.10285. A CPU has no tensor cores, but the same wall of memory bandwidth: weights are loaded
+as a bitmap and multiplied as dense, in registers for a few columns, panel by panel in the cache for many (LSCD).
+Measured are layers of SmolLM2's MLPs, pruned by magnitude, and random matrices of 4096 x 4096, which no cache near a
+core holds. All arms compute the same product of the same masked weight in float32 on one thread; several weights take
+turns, so that none waits in a near cache; the arms take turns as well. Nothing is tuned.
 
 Fixed before the first run: a seed chooses the blocks whose layers are measured and draws the large matrices; medians of
 at least 20 rounds; the claims below with their thresholds: bytes equal the formula exactly, errors below 1e-5 of the
 largest output, at 80 % zeros and one column faster than dense and than torch's CSR on both shapes, on the large matrix
-at least half of what the bytes promise from 50 % to 90 % zeros, and the gain over dense at 64 columns below that at one.
+at least half of what the bytes promise from 50 % to 90 % zeros, and the gain over dense at 64 columns below that at 1.
 """
 
 import tempfile

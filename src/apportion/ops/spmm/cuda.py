@@ -1,9 +1,9 @@
 """Products with packed matrices on CUDA, compiled by Triton: load as sparse, compute as dense.
 
 Flash-LLM scatters packed words into a dense tile of shared memory and multiplies by that. Triton leaves shared memory
-to its compiler, so the tile is made by looking up instead: a bit's rank among the bits of its row says which packed value
-is its own, and a row's values lie side by side, so that the look-ups of a row fall into few cache lines. Products are
-tensor-core products of the dense tile, zeros and all; what is saved is memory traffic.
+to its compiler, so the tile is made by looking up instead: a bit's rank among the bits of its row says which packed
+value is its own, and a row's values lie side by side, so that the look-ups of a row fall into few cache lines. Products
+are tensor-core products of the dense tile, zeros and all; what is saved is memory traffic.
 
 Columns may be split among programs (split-K): each counts the bits before its share, and partial sums in float32 are
 added in a fixed order. Right under Triton's interpreter; **speed is unmeasured**.

@@ -35,8 +35,8 @@ def has_expand() -> bool:
 def expanded_dots(typing_context, values, at, bits, word, words, x, first, x_step, out, place, out_step, count):
     """``out[place + j * out_step]``: a row of a bitmap times column j of ``count``, which is 1, 2, 4 or 8.
 
-    The row's values begin at ``values[at]`` and its bitmap at ``bits[word]``; column j lies at ``x[first + j * x_step]``. For
-    bfloat16 values, columns have each 32 numbers in the order 0, 2, ..., 30, 1, 3, ..., 31.
+    The row's values begin at ``values[at]`` and its bitmap at ``bits[word]``; column j lies at
+    ``x[first + j * x_step]``. For bfloat16 values, columns have each 32 numbers in the order 0, 2, ..., 30, 1, ..., 31.
     """
     integer = types.int64
     signature = types.none(values, integer, bits, integer, integer, x, integer, integer, out, integer, integer, integer)
@@ -155,7 +155,10 @@ def trailing_zeros(typing_context, word):
 @intrinsic
 @no_type_check
 def wide_sum(typing_context, values, at, columns, first, count, x, offset, step, out):
-    """``out[0:16]``: the sum over ``count`` entries of ``values[at + i] * x[offset + columns[first + i] * step :][:16]``."""
+    """``out[0:16]``: the sum over ``count`` entries of a value and 16 numbers of ``x``.
+
+    Entry i is ``values[at + i]`` and ``x[offset + columns[first + i] * step :][:16]``.
+    """
     integer = types.int64
     signature = types.none(values, integer, columns, integer, integer, x, integer, integer, out)
 

@@ -14,7 +14,8 @@ is what the tensors take; ``formula(...)`` says so without packing. With ``b`` b
 | ``nm`` | ``rows * (groups * keep * b + ceil(groups * keep * bits / 8))`` | 1:4, 1:8, 2:16; 2:4 ties with the bitmap |
 | ``block`` | ``(block rows + 1) * 4 + blocks * (height * width * b + 4)`` | whole blocks of zeros |
 
-``groups`` are those of a row and ``bits = ceil(log2(of))``; 4:8 takes more than the bitmap does. Tiled-CSL, Flash-LLM's own, takes ``4 * words + 4 * (tiles + 2)`` bytes; it is kept for comparison.
+``groups`` are those of a row and ``bits = ceil(log2(of))``; 4:8 takes more than the bitmap does. Tiled-CSL, Flash-LLM's
+own, takes ``4 * words + 4 * (tiles + 2)`` bytes; it is kept for comparison.
 """
 
 from apportion.ops.spmm.formats.bitmap import Bitmap

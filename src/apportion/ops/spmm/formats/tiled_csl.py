@@ -64,9 +64,10 @@ class TiledCSL:
         for place, tile in enumerate(tiles.contiguous().view(torch.int16).flatten(0, 1).numpy().view(np.uint16)):
             count = np.count_nonzero(tile)
             if count > CAPACITY:
+                row, column = place // across * TILE_ROWS, place % across * TILE_COLUMNS
                 raise InputError(
-                    f"the tile at row {place // across * TILE_ROWS}, column {place % across * TILE_COLUMNS} has "
-                    f"{count} values of {TILE_ROWS * TILE_COLUMNS}: Tiled-CSL holds {CAPACITY}; pack the matrix as a bitmap"
+                    f"the tile at row {row}, column {column} has {count} values of {TILE_ROWS * TILE_COLUMNS}: "
+                    f"Tiled-CSL holds {CAPACITY}; pack the matrix as a bitmap"
                 )
             packed.append(_words_of(tile))
         sizes = [len(each) // _VECTOR for each in packed] + [0]
