@@ -57,12 +57,11 @@ def run_on_team(function: int, *arguments: int) -> None:
         arguments: what it is told after the number of the next task; whoever calls keeps what they point to alive.
     """
     told = Arguments(0, *arguments)
-    threads = torch.get_num_threads()
     start = _parallel()
-    if threads == 1 or start is None:
+    if start is None:
         _CALL(function)(ctypes.addressof(told))
     else:
-        start(function, ctypes.addressof(told), threads, 0)
+        start(function, ctypes.addressof(told), torch.get_num_threads(), 0)
 
 
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

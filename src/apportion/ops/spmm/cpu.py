@@ -287,16 +287,19 @@ def _blocks_bfloat16(told):
     _block_rows(told, carray(pointer_to(told[_VALUES]), told[_ENTRIES], np.uint16))
 
 
+_KERNELS: dict[str, Any] = {}
+
+
 @functools.cache
-def _compiled(name: str) -> Any:
-    """A kernel for a team, compiled when it is first wanted."""
-    return numba.cfunc(SIGNATURE, cache=True)(globals()[name])
+def _address(kernel: str, values: torch.dtype) -> int:
+    """A kernel for a team and a type of values, compiled when it is first wanted."""
+    name = kernel.format("bfloat16" if values == torch.bfloat16 else "float32")
+    _KERNELS[name] = numba.cfunc(SIGNATURE, cache=True)(globals()[name])  # kept: an address keeps nothing alive
+    return int(_KERNELS[name].address)
 
 
 def _run(kernel: str, values: Tensor, *told: int) -> None:
-    half = values.dtype == torch.bfloat16
-    name = kernel.format("bfloat16" if half else "float32")
-    run_on_team(_compiled(name).address, *told)
+    run_on_team(_address(kernel, values.dtype), *told)
 
 
 def _per_task(rows: int) -> int:
