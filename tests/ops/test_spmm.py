@@ -172,3 +172,26 @@ def test_torch_can_trace_the_ops():
     weight, x = masked((9, 24), 0.5), inputs(3, 24)
     for op, packed in ((bitmap_matmul, bitmap_of), (csr_narrow_matmul, csr_of), (block_matmul, blocks_of)):
         torch.library.opcheck(op, (x, *packed(weight)), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_parts_that_do_not_belong_together_are_refused():
+    weight, x = masked((9, 130), 0.5), inputs(3, 130)
+    bits, starts, values = bitmap_of(weight)
+    for given, message in (
+        ((inputs(3, 192 + 1), bits, starts, values), "x has 193 columns"),
+        ((x, bits, starts.int(), values), r"starts is torch\.int32"),
+        ((x, bits, starts[:-1], values), r"int64 \[10\] for 9 rows"),
+        ((x, bits.int(), starts, values), r"bits is torch\.int32"),
+        ((x, bits, starts, values.repeat(2)[::2]), "in one piece"),
+        ((x, bits, starts, values, "fast"), "way 'fast'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bitmap_matmul(*given)
+    starts, columns, values = csr_of(weight)
+    with pytest.raises(ValueError, match=r"columns is torch\.int64"):
+        csr_narrow_matmul(x, starts, columns.long(), values)
+    with pytest.raises(ValueError, match="one for each"):
+        csr_narrow_matmul(x, starts, columns, values[:-1].clone())
+    starts, columns, blocks = blocks_of(weight)
+    with pytest.raises(ValueError, match="do not belong together"):
+        block_matmul(x, starts, columns, blocks)

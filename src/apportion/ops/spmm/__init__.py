@@ -9,8 +9,8 @@
 Sums are taken in float32 (float64 where an operand is), the result has the type of ``x``, and weights are not rounded
 to it: each product equals that with the dense, masked matrix but for the order of its sums. What a zero does to an
 infinity is the one exception: where ``x`` is not finite, zeros may be skipped (dense: NaN) or not. Without gradient:
-packed weights are for inference. On CUDA the bitmap and blocks have kernels; the CSR takes its definition there. Sizes
-are checked by whoever packs (`apportion.weights.sparse_linear`), not at every call.
+packed weights are for inference. On CUDA the bitmap and blocks have kernels; the CSR takes its definition there. Every
+call checks types and sizes; that a bitmap has as many bits as values is for whoever packs or reads it (`formats`).
 """
 
 import torch
@@ -42,6 +42,9 @@ def bitmap_matmul(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: 
 
     Returns:
         [count, rows] in the type of ``x``.
+
+    Raises:
+        ValueError: tensors that do not belong together.
     """
     return reference.bitmap_matmul(x, bits, starts, values)
 
@@ -58,6 +61,9 @@ def csr_narrow_matmul(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor
 
     Returns:
         [count, rows] in the type of ``x``.
+
+    Raises:
+        ValueError: tensors that do not belong together.
     """
     return reference.csr_narrow_matmul(x, starts, columns, values)
 
@@ -74,12 +80,55 @@ def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> 
 
     Returns:
         [count, rows of blocks * height] in the type of ``x``.
+
+    Raises:
+        ValueError: tensors that do not belong together.
     """
     return reference.block_matmul(x, starts, columns, blocks)
 
 
+def _check(x: Tensor, starts: Tensor, rows: int, values: Tensor, *others: Tensor) -> None:
+    """What kernels take for granted, since they read memory by its address."""
+    if starts.dtype != torch.int64 or starts.shape != (rows + 1,):
+        raise ValueError(
+            f"starts is {starts.dtype} {tuple(starts.shape)}: int64 [{rows + 1}] for {rows} rows is needed"
+        )
+    for each in (starts, values, *others):
+        if not each.is_contiguous() or each.device != x.device:
+            raise ValueError(f"every part of the packed weight must lie in one piece on {x.device}, as x does")
+
+
+def _check_bitmap(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None) -> None:
+    _check(x, starts, bits.shape[0], values, bits)
+    if bits.dtype != torch.int64 or bits.shape[1] != -(-x.shape[1] // 64):
+        raise ValueError(
+            f"x has {x.shape[1]} columns and bits is {bits.dtype} {tuple(bits.shape)}: int64 [rows, "
+            f"{-(-x.shape[1] // 64)}] is needed"
+        )
+    if way not in (None, "expand", "nonzeros", "panels"):
+        raise ValueError(f"way {way!r}: expand, nonzeros or panels")
+
+
+def _check_csr(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> None:
+    _check(x, starts, starts.shape[0] - 1, values, columns)
+    if columns.dtype not in (torch.uint16, torch.int32) or columns.shape != values.shape:
+        raise ValueError(
+            f"columns is {columns.dtype} {tuple(columns.shape)}: uint16 or int32, one for each of {len(values)} values"
+        )
+
+
+def _check_blocks(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> None:
+    _check(x, starts, starts.shape[0] - 1, blocks, columns)
+    if columns.dtype != torch.int64 or len(columns) != len(blocks) or x.shape[1] % blocks.shape[2]:
+        raise ValueError(
+            f"x {tuple(x.shape)}, columns {columns.dtype} {tuple(columns.shape)} and blocks {tuple(blocks.shape)} do "
+            "not belong together: x is filled up to whole blocks, and each block has a column, int64"
+        )
+
+
 @bitmap_matmul.register_kernel("cpu")
 def _(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None = None) -> Tensor:
+    _check_bitmap(x, bits, starts, values, way)
     if not runs_compiled(x, values):
         return reference.bitmap_matmul(x, bits, starts, values)
     from apportion.ops.spmm import cpu
@@ -89,6 +138,7 @@ def _(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None =
 
 @csr_narrow_matmul.register_kernel("cpu")
 def _(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    _check_csr(x, starts, columns, values)
     if not runs_compiled(x, values):
         return reference.csr_narrow_matmul(x, starts, columns, values)
     from apportion.ops.spmm import cpu
@@ -98,6 +148,7 @@ def _(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
 
 @block_matmul.register_kernel("cpu")
 def _(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
+    _check_blocks(x, starts, columns, blocks)
     if not runs_compiled(x, blocks):
         return reference.block_matmul(x, starts, columns, blocks)
     from apportion.ops.spmm import cpu
@@ -107,6 +158,7 @@ def _(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
 
 @bitmap_matmul.register_kernel("cuda")
 def _(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None = None) -> Tensor:
+    _check_bitmap(x, bits, starts, values, way)
     if not runs_compiled(x, values):
         return reference.bitmap_matmul(x, bits, starts, values)
     from apportion.ops.spmm import cuda
@@ -116,6 +168,7 @@ def _(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None =
 
 @block_matmul.register_kernel("cuda")
 def _(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
+    _check_blocks(x, starts, columns, blocks)
     if not runs_compiled(x, blocks):
         return reference.block_matmul(x, starts, columns, blocks)
     from apportion.ops.spmm import cuda
