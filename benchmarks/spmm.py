@@ -152,7 +152,7 @@ def _model_race(share: float) -> Race:
     def step() -> object:
         with torch.no_grad():
             found = lm.model(token, past_key_values=cache, use_cache=True)
-        cache.crop(ids.shape[1])
+        cache.crop(-1)
         return found
 
     return _decode_race(lm.model, step)
