@@ -2,5 +2,8 @@
 
 import importlib
 
-for _name in ("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "prefill", "monarch"):
+for _name in (
+    *("step", "step_parts", "scaling", "memory", "million", "harvest", "report", "keys", "prefill"),
+    *("spmm", "monarch"),
+):
     importlib.import_module(f"benchmarks.{_name}")

@@ -62,6 +62,8 @@ def run_smoke(name: str) -> dict[str, Any]:
         "generation",
         "prefill",
         "monarch",
+        "spmm",
+        "sparse_decode",
     ],
 )
 def test_smoke_run_gives_the_promised_json(name: str) -> None:

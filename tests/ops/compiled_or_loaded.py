@@ -8,6 +8,8 @@ import torch
 from apportion.ops.adam import adam_step_, project_rows_
 from apportion.ops.csr import csr_matmul
 from apportion.ops.encode import encode_select
+from apportion.ops.spmm import bitmap_matmul, cpu, csr_narrow_matmul
+from apportion.ops.spmm.formats import Bitmap, NarrowCSR
 
 RULES = {"rows": (4, None), "total": (400, None), "columns": (0, torch.full((64,), 9)), "above": (0, torch.ones(64))}
 
@@ -33,6 +35,12 @@ def main() -> None:
             project_rows_(grad, decoder, None)
             adam_step_(decoder, mean, square, grad, None, step, 1e-3, 0.9, 0.999, 1e-8, 0.01, True)
             found[f"Adam, width {width}, step {step}"] = checksum(decoder, mean, square, grad)
+        sparse, csr = Bitmap.pack(weight.relu()), NarrowCSR.pack(weight.relu())
+        for way in cpu.WAYS:
+            output = bitmap_matmul(x[:5], sparse.words(), sparse.starts(), sparse.values, way)
+            found[f"bitmap {way}, width {width}"] = checksum(output)
+        output = csr_narrow_matmul(x[:1], csr.starts.long(), csr.columns, csr.values)
+        found[f"narrow CSR, width {width}"] = checksum(output)
     print(json.dumps(found))
 
 

@@ -60,6 +60,14 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="The prompt is a user's turn of a chat.", rich_help_panel=_WRITING)
     ] = False,
+    sparse: Annotated[
+        bool,
+        typer.Option(
+            "--sparse",
+            help="MODEL is a folder of `apportion compress`: keep its weights packed.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = False,
     json: given.Json = False,
     model_dtype: given.ModelDtype = "float32",
     device: given.Device = "cpu",
@@ -96,7 +104,7 @@ def generate(
         with about("--save"):
             check_writable(save)
     with about("MODEL"):
-        lm = load(model, model_dtype, device)
+        lm = _packed_model(model, model_dtype, device) if sparse else load(model, model_dtype, device)
     chosen = room.fitted(method, chosen, lm, fit)
     if save is not None:
         chosen.save(save)
@@ -118,6 +126,18 @@ def generate(
         return
     for each in results:
         _show(each, method)
+
+
+def _packed_model(model: str, dtype: str, device: str) -> "LanguageModel":
+    from apportion.models.packed_files import is_packed
+    from apportion.weights.checkpoint import load_compressed
+
+    if not is_packed(model):
+        raise InputError(
+            f"{model} is no folder of packed weights: make one with `apportion compress`, or leave --sparse"
+        )
+    lm: LanguageModel = load_compressed(model, dtype, device)
+    return lm
 
 
 def _compared(lm: "LanguageModel", text: str, method: "KeyMethod", tokens: int, chat: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from apportion.errors import InputError
 from apportion.models.families import base_of, blocks_of, final_norm_of, finish_logits, layout_of, projection_out_of
 from apportion.models.packaged import PACKAGES, fetched
+from apportion.models.packed_files import is_packed, read_packed
 from apportion.models.quiet import quiet_transformers
 from apportion.models.site import Site
 
@@ -215,7 +216,8 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Langu
     it. Only safetensors are read, and no code that comes with a model is run.
 
     Args:
-        name: a packaged name, a folder that transformers wrote, or a Hugging Face id.
+        name: a packaged name, a folder that transformers or ``apportion compress`` wrote (its packed weights are made
+            dense; `apportion.weights.load_compressed` keeps them packed), or a Hugging Face id.
         dtype: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where this machine computes it natively, else float32.
         device: a torch device, such as ``cpu`` or ``cuda``.
 
@@ -263,20 +265,28 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 def _from_pretrained(name: str, source: str, dtype: torch.dtype, device: torch.device, *, local: bool) -> LanguageModel:
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, local_files_only=local)
             kind: Any = AutoModelForCausalLM if _predicts_next_token(config) else AutoModel
+            # What was packed becomes plain dense tensors; `apportion.weights` knows how to keep it packed.
+            state = read_packed(source).dense(dtype) if local and is_packed(source) else None
+            if state is not None:
+                with torch.device("meta"):
+                    kind = type(kind.from_config(config))
             model, report = kind.from_pretrained(
-                source,
+                None if state is not None else source,
                 config=config,
+                state_dict=state,
                 dtype=dtype,
                 use_safetensors=True,
                 local_files_only=local,
                 output_loading_info=True,
             )
+            if state is not None and (Path(source) / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(source)
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
     except (OSError, ValueError, SafetensorError) as error:
         raise _NotReadable(f"model {name!r} could not be loaded ({_first_line(error)}){_what_works()}") from error

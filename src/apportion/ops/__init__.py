@@ -13,14 +13,18 @@ from apportion.ops.key_choice import choose_by_labels, choose_chunks
 from apportion.ops.label_scores import label_scores, pack_labels, packed_label_scores, unpack_labels
 from apportion.ops.low_rank_keys import low_rank_keys
 from apportion.ops.select import select_above, select_columns, select_rows, select_total
+from apportion.ops.spmm import bitmap_matmul, block_matmul, csr_narrow_matmul
 
 __all__ = [
     "adam_step_",
     "attend_chunks",
     "attend_selected",
+    "bitmap_matmul",
+    "block_matmul",
     "choose_by_labels",
     "choose_chunks",
     "csr_matmul",
+    "csr_narrow_matmul",
     "csr_sampled_product",
     "csr_transposed_matmul",
     "encode_select",
