@@ -162,8 +162,11 @@ def test_columns_beyond_16_bits():
 
 def test_the_usual_way_goes_from_few_columns_to_many(monkeypatch):
     monkeypatch.setattr(cpu, "has_expand", lambda: True)
-    assert [cpu.way_for(count, 0.2) for count in (1, 4, 16, 64, 65)] == ["expand"] * 2 + ["nonzeros"] * 2 + ["panels"]
-    assert cpu.way_for(8, 0.5) == "expand"
+    assert [cpu.way_for(count, 0.2) for count in (1, 4, 16, 64)] == ["expand"] * 2 + ["nonzeros"] * 2
+    assert [cpu.way_for(count, 0.5) for count in (1, 8, 16, 64)] == ["expand", "expand", "nonzeros", "panels"]
+    assert cpu.way_for(512, 0.5) == "panels"
+    monkeypatch.setattr(cpu, "native_bfloat16", lambda: ("amx_bf16",))
+    assert cpu.way_for(64, 0.2, half=True) == "panels"
     monkeypatch.setattr(cpu, "has_expand", lambda: False)
     assert cpu.way_for(1, 0.2) == "nonzeros"
 

@@ -23,7 +23,7 @@ ARGUMENTS = 16
 Arguments = ctypes.c_int64 * ARGUMENTS
 """What a function of a team is told: the next task first (0), then sizes and addresses."""
 
-SIGNATURE = types.void(types.CPointer(types.int64))
+SIGNATURE = types.void(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
 """Of a function for a team."""
 
 
@@ -82,5 +82,5 @@ def _parallel() -> Callable[[int, int, int, int], None] | None:
             continue
         found.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         found.restype = None
-        return found  # type: ignore[no-any-return]
+        return found
     return None

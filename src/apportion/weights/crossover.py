@@ -10,6 +10,7 @@ from torch import Tensor
 
 from apportion.ops.spmm import runs_compiled
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
+from apportion.ops.spmm.vector import has_expand
 
 COUNTS = (1, 4, 16, 64)
 BUDGET = 0.05  # seconds for a shape
@@ -37,7 +38,7 @@ class Crossover:
         """The fastest way to read a bitmap for so many rows."""
         near = next((each for each in COUNTS if count <= each), COUNTS[-1])
         ways = _of_a_bitmap(self.seconds[near])
-        return "panels" if count > COUNTS[-1] else min(ways, key=ways.__getitem__)
+        return min(ways, key=ways.__getitem__)
 
     def gain(self, count: int = 1) -> float:
         """How many times faster than dense the best way is, for a number of rows that was measured."""
@@ -77,7 +78,7 @@ def _measured(rows: int, columns: int, dtype: torch.dtype, share: int, threads: 
             "dense": lambda x=narrow: torch.nn.functional.linear(x, weight),  # type: ignore[misc]
             "csr": lambda x=x: cpu.csr_narrow_matmul(x, csr_starts, csr.columns, csr.values),  # type: ignore[misc]
         }
-        for way in cpu.WAYS if cpu.has_expand() else cpu.WAYS[1:]:
+        for way in cpu.WAYS if has_expand() else cpu.WAYS[1:]:
             ways[way] = lambda x=x, way=way: cpu.bitmap_matmul(x, words, starts, bitmap.values, way)  # type: ignore[misc]
         for run in ways.values():
             run()  # compiled, and warm

@@ -38,6 +38,12 @@ class SparseLinear(nn.Module):
         crossover: what was measured, if it was.
     """
 
+    bits: Tensor
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+    bias: Tensor | None
+
     def __init__(self, packed: Packed, bias: Tensor | None = None, crossover: Crossover | None = None) -> None:
         """Take over a packed weight.
 
@@ -164,10 +170,10 @@ class SparseLinear(nn.Module):
         if self._kind == "bitmap":
             way = None if self.crossover is None else self.crossover.way(x.shape[0])
             multiply: Any = cpu.bitmap_matmul if direct else bitmap_matmul
-            return multiply(x, held["bits"], held["starts"], values, way)  # type: ignore[no-any-return]
+            return multiply(x, held["bits"], held["starts"], values, way)
         if self._kind == "csr":
             multiply = cpu.csr_narrow_matmul if direct else csr_narrow_matmul
-            return multiply(x, held["starts"], held["columns"], values)  # type: ignore[no-any-return]
+            return multiply(x, held["starts"], held["columns"], values)
         missing = -self.in_features % values.shape[2]
         x = nn.functional.pad(x, (0, missing)) if missing else x
         multiply = cpu.block_matmul if direct else block_matmul

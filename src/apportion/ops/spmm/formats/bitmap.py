@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
-from apportion.ops.spmm.formats.checks import check_weight, starts_of, taken
+from apportion.ops.spmm.formats.checks import check_weight, split, starts_of, taken
 
 _WORD_BYTES = 8
 
@@ -42,7 +42,7 @@ class Bitmap:
         """
         weight = check_weight(weight)
         kept = weight != 0
-        padded = torch.nn.functional.pad(kept, (0, -weight.shape[1] % 8)).unflatten(1, (-(-weight.shape[1] // 8), 8))
+        padded = split(torch.nn.functional.pad(kept, (0, -weight.shape[1] % 8)), 1, (-(-weight.shape[1] // 8), 8))
         powers = (1 << torch.arange(8, device=weight.device)).to(torch.uint8)
         bits = (padded.to(torch.uint8) * powers).sum(-1, dtype=torch.uint8)
         return cls((weight.shape[0], weight.shape[1]), bits, weight[kept])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
-from apportion.ops.spmm.formats.checks import check_starts, check_weight, starts_of, taken
+from apportion.ops.spmm.formats.checks import check_starts, check_weight, split, starts_of, taken, tiles_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Blocks:
             raise InputError(f"height={height}, width={width}: a block has at least one place")
         rows, columns = weight.shape
         padded = torch.nn.functional.pad(weight, (0, -columns % width, 0, -rows % height))
-        tiles = padded.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
+        tiles = tiles_of(padded, height, width)
         kept = (tiles != 0).flatten(2).any(-1)
         chosen = kept.nonzero()[:, 1].int()
         return cls((rows, columns), starts_of(kept.sum(1), torch.int32), chosen, tiles[kept] + 0.0)
@@ -80,7 +80,7 @@ class Blocks:
     def count(weight: Tensor, height: int = 16, width: int = 16) -> int:
         """How many blocks a matrix has that are not all zeros."""
         kept = torch.nn.functional.pad(weight != 0, (0, -weight.shape[1] % width, 0, -weight.shape[0] % height))
-        return int(kept.unflatten(1, (-1, width)).any(-1).unflatten(0, (-1, height)).any(1).sum())
+        return int(split(split(kept, 1, (-1, width)).any(-1), 0, (-1, height)).any(1).sum())
 
     @property
     def nbytes(self) -> int:

@@ -41,6 +41,17 @@ def taken(tensors: Mapping[str, Tensor], name: str, dtypes: tuple[torch.dtype, .
     return found
 
 
+def split(tensor: Tensor, dim: int, sizes: tuple[int, int]) -> Tensor:
+    """A dimension as two."""
+    found: Tensor = tensor.unflatten(dim, sizes)  # type: ignore[no-untyped-call]
+    return found
+
+
+def tiles_of(matrix: Tensor, height: int, width: int) -> Tensor:
+    """A matrix of whole tiles: [rows of tiles, columns of tiles, height, width]."""
+    return split(split(matrix, 1, (-1, width)), 0, (-1, height)).transpose(1, 2)
+
+
 def starts_of(counts: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """Where each row begins, and where the last one ends, from the rows' counts."""
     starts = torch.zeros(counts.numel() + 1, dtype=dtype, device=counts.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
-from apportion.ops.spmm.formats.checks import check_weight, taken
+from apportion.ops.spmm.formats.checks import check_weight, split, taken
 
 PATTERNS = ((1, 16), (1, 8), (2, 16), (1, 4), (2, 8), (4, 16), (2, 4), (4, 8))
 """(keep, of) that `NOfM.pattern` looks for, the sparsest first."""
@@ -138,7 +138,8 @@ def _check_pattern(keep: int, of: int) -> None:
 
 
 def _groups(matrix: Tensor, of: int) -> Tensor:
-    return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % of)).unflatten(1, (-(-matrix.shape[1] // of), of))
+    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % of))
+    return split(padded, 1, (-(-matrix.shape[1] // of), of))
 
 
 def _bits(of: int) -> int:
@@ -148,11 +149,11 @@ def _bits(of: int) -> int:
 def _to_bits(codes: Tensor, bits: int) -> Tensor:
     """Numbers of a few bits, row by row, side by side in bytes."""
     stream = ((codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1).flatten(1)
-    octets = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8))
+    octets = split(torch.nn.functional.pad(stream, (0, -stream.shape[1] % 8)), 1, (-1, 8))
     return (octets << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
 
 
 def _from_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     stream = ((packed.long().unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1).flatten(1)
-    codes = stream[:, : count * bits].unflatten(1, (count, bits))
+    codes = split(stream[:, : count * bits], 1, (count, bits))
     return (codes << torch.arange(bits, device=packed.device)).sum(-1)

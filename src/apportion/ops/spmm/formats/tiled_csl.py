@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
-from apportion.ops.spmm.formats.checks import check_weight
+from apportion.ops.spmm.formats.checks import check_weight, split, tiles_of
 
 TILE_ROWS, TILE_COLUMNS = 128, 64
 CAPACITY = 4096
@@ -58,7 +58,7 @@ class TiledCSL:
             raise InputError(f"weight is of {weight.dtype}: Tiled-CSL holds float16 or bfloat16")
         rows, columns = weight.shape
         padded = torch.nn.functional.pad(weight + 0.0, (0, -columns % TILE_COLUMNS, 0, -rows % TILE_ROWS)).cpu()
-        tiles = padded.unflatten(1, (-1, TILE_COLUMNS)).unflatten(0, (-1, TILE_ROWS)).transpose(1, 2)
+        tiles = tiles_of(padded, TILE_ROWS, TILE_COLUMNS)
         across = tiles.shape[1]
         packed = []
         for place, tile in enumerate(tiles.contiguous().view(torch.int16).flatten(0, 1).numpy().view(np.uint16)):
@@ -97,7 +97,7 @@ class TiledCSL:
         tile = np.repeat(np.arange(down * across), counts)
         real = (words & 0xFFFF) != 0
         tiles[tile[real], row[real], column[real]] = (words & 0xFFFF)[real]
-        matrix = torch.from_numpy(tiles.view(np.int16)).view(self.dtype).unflatten(0, (down, across))
+        matrix = split(torch.from_numpy(tiles.view(np.int16)).view(self.dtype), 0, (down, across))
         return matrix.transpose(1, 2).flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
 
 
@@ -114,7 +114,8 @@ def row_and_column(location: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def bank_of(location: np.ndarray) -> np.ndarray:
     """The bank of shared memory, 4 bytes wide, that a location of 2 bytes falls into."""
-    return location % TILE_COLUMNS // 2 % BANKS
+    found: np.ndarray = location % TILE_COLUMNS // 2 % BANKS
+    return found
 
 
 def _words_of(tile: np.ndarray) -> np.ndarray:
