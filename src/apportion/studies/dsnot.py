@@ -98,10 +98,12 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     bench.say("loading smollm2")
     lm = load("smollm2")
     trial = _Trial(lm, size)
-    arms = [(name, name, 0.6) for name in size.arms] + [(f"{name} at 50 %", name, 0.5) for name in size.less_sparse]
+    arms: list[tuple[str, str | None, float]] = [("60 %: dense", None, 0.0)]
+    arms += [(f"60 %: {name}", name, 0.6) for name in size.arms]
+    arms += [(f"50 %: {name}", name, 0.5) for name in size.less_sparse]
     measured: Measured = defaultdict(lambda: defaultdict(list))
     for seed in seeds:
-        for title, name, sparsity in (("dense", None, 0.0), *arms):
+        for title, name, sparsity in arms:
             found = bench.measure(
                 f"{title}, seed {seed}",
                 [asdict(size), title, seed],
@@ -176,7 +178,7 @@ class _Trial:
 
 def _claims(measured: Measured) -> list[Comparison]:
     def lower(better: str, worse: str) -> list[float]:
-        pairs = zip(measured[worse][_LOSS], measured[better][_LOSS], strict=True)
+        pairs = zip(measured[f"60 %: {worse}"][_LOSS], measured[f"60 %: {better}"][_LOSS], strict=True)
         return [other - own for other, own in pairs]
 
     claims = [
@@ -196,7 +198,7 @@ def _claims(measured: Measured) -> list[Comparison]:
     return [
         Comparison.positive(claim, lower(better, worse), part_of_verdict=counted)
         for claim, better, worse, counted in claims
-        if better in measured and worse in measured
+        if f"60 %: {better}" in measured and f"60 %: {worse}" in measured
     ]
 
 
@@ -222,7 +224,7 @@ def _plot(measured: Measured) -> str:
     for name, metrics in measured.items():
         for metric in (_LOSS, _ERROR):
             if metric in metrics:
-                row = Row.of(name, metric, metrics[metric])
+                row = Row.of(name.removeprefix("60 %: "), metric, metrics[metric])
                 rows.append(ResultRow(row.name, row.metric, row.mean, row.stderr, row.n))
     with tempfile.TemporaryDirectory() as folder:
         path = plots.bars_with_errors(Path(folder) / "losses.svg", rows, title="SmolLM2 with 60 % zeros")
