@@ -16,7 +16,6 @@ inputs are not the paper's.
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_r
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.small_networks import DigitsNetwork, accuracy, batches_of, cross_entropy, fit, loss_of, seeded
 from apportion.studies.workbench import Workbench
-from apportion.weights.bdwp import Bdwp, finish
+from apportion.weights.bdwp import Bdwp, BidirectionalLinear, Scheme, finish
 from apportion.weights.sat_accelerator import Sat
 from apportion.weights.training_shapes import NETWORKS, WeightSparsity, shapes_of, training_macs
 
@@ -170,9 +169,9 @@ def _macs(settings: Bdwp | None) -> float:
 def _fidelity(network: nn.Module, settings: Bdwp, data: Digits) -> dict[str, float]:
     """Cosines with the exact gradients of what the forward pass computes, at the end of training."""
 
-    def gradients(scheme: str) -> list[Tensor]:
+    def gradients(scheme: Scheme) -> list[Tensor]:
         for module in network.modules():
-            if hasattr(module, "bdwp"):
+            if isinstance(module, BidirectionalLinear):
                 module.bdwp = replace(settings, scheme=scheme, pull=0.0)
         x, y = data.validation
         layers = list(network.children())
@@ -259,8 +258,7 @@ def _picture(size: _Size, simulated: dict[str, dict[str, float]]) -> str:
         for name in size.networks
         for m in (4, 8, 16)
     ]
-    ideal: Callable[[int], float] = lambda m: 1 / WeightSparsity(2, m).ideal_cost  # noqa: E731
-    points += [plots.ParetoPoint("three products alone", m, ideal(m)) for m in (4, 8, 16)]
+    points += [plots.ParetoPoint("three products alone", m, 1 / WeightSparsity(2, m).ideal_cost) for m in (4, 8, 16)]
     with tempfile.TemporaryDirectory() as folder:
         path = plots.pareto(
             Path(folder) / "speed-up.svg",

@@ -106,16 +106,20 @@ class Bdwp:
         for layer in layers:
             # The class changes, as torch's parametrisations do it, so that whoever holds the module or its weight, such
             # as an optimiser or a parent, need not be told.
-            layer.module.__class__ = _KINDS[type(layer.module)]
-            layer.module.begin(self)
+            made: Any = layer.module
+            made.__class__ = _KINDS[type(layer.module)]
+            made.begin(self)
         return list(layers)
 
 
 class _Bidirectional(nn.Module):
     """What both kinds of layers share: two views of one weight."""
 
-    weight: nn.Parameter
+    weight: Tensor
     bdwp: Bdwp
+    age: Tensor
+    forward_mask: Tensor | None
+    backward_mask: Tensor | None
 
     def begin(self, settings: Bdwp) -> None:
         """Take the settings."""

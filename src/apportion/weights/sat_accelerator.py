@@ -250,7 +250,7 @@ class Sat:
         if op == "WU":
             return self._read(given, made) + shape.weights * self.master_bytes
         sparse = sparsity is not None and sparsity.holds(shape, op)
-        weights = shape.weights * (self.master_bytes if sparse and not self.pregenerate else self.value_bytes)
+        weights: float = shape.weights * (self.master_bytes if sparse and not self.pregenerate else self.value_bytes)
         if sparse and self.pregenerate:
             weights = self.stored(shape.weights, sparsity)
         return self._read(given, weights) + made if op == "FF" else self._read(made, weights) + given

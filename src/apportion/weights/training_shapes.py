@@ -13,7 +13,7 @@ The BP of a convolution with a stride is done over all input positions, as by a 
 take its time, but do not count as multiply-adds.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,16 +146,15 @@ def shapes_of(network: nn.Module, example: Any, pruned: Collection[str] | None =
     }
 
     def look(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        name, groups = names[module], getattr(module, "groups", 1)
-        outputs, inputs = module.weight.shape[:2]  # a convolution's second dimension is of one group
-        convolution = module.weight.ndim > 2
+        name, groups, weight = names[id(module)], getattr(module, "groups", 1), module.get_parameter("weight")
+        outputs, inputs = weight.shape[:2]  # a convolution's second dimension is of one group
         channels = inputs * groups
         found.append(
             LayerShape(
                 name,
                 inputs,
                 outputs // groups,
-                module.weight[0, 0].numel() if convolution else 1,
+                weight[0, 0].numel(),
                 given[0].numel() // (len(given[0]) * channels),
                 output.numel() // (len(output) * outputs),
                 repeat=groups,
@@ -164,7 +163,7 @@ def shapes_of(network: nn.Module, example: Any, pruned: Collection[str] | None =
             )
         )
 
-    handles = [each.register_forward_hook(look) for each in names]
+    handles = [each.register_forward_hook(look) for each in network.modules() if isinstance(each, kinds)]
     before = network.training
     try:
         network.eval()(example)
@@ -270,9 +269,8 @@ def vit_small(size: int = 32, patch: int = 4, classes: int = 100) -> list[LayerS
     for block in range(12):
         linear(f"{block}.qkv", width, 3 * width)
         # Scores and values are products of activations: nothing is pruned. A softmax is about three operations.
-        of_head = {"repeat": heads, "weighted": False}
-        layers.append(LayerShape(f"{block}.scores", head, tokens, 1, tokens, tokens, elementwise=3, **of_head))
-        layers.append(LayerShape(f"{block}.values", tokens, head, 1, tokens, tokens, elementwise=0, **of_head))
+        layers.append(LayerShape(f"{block}.scores", head, tokens, 1, tokens, tokens, heads, False, elementwise=3))
+        layers.append(LayerShape(f"{block}.values", tokens, head, 1, tokens, tokens, heads, False, elementwise=0))
         linear(f"{block}.output", width, width, 2)
         linear(f"{block}.up", width, 4 * width)
         linear(f"{block}.down", 4 * width, width, 2)
@@ -287,7 +285,7 @@ def _stem(table: _Table) -> None:
         table.pool()
 
 
-NETWORKS = {
+NETWORKS: dict[str, Callable[[], list[LayerShape]]] = {
     "ResNet-9, 32": resnet9,
     "VGG-19, 32": vgg19,
     "ViT-S, 32": vit_small,
