@@ -141,9 +141,8 @@ def shapes_of(network: nn.Module, example: Any, pruned: Collection[str] | None =
         pruned: names of layers that become N:M; all of them if None.
     """
     found: list[LayerShape] = []
-    names = {
-        each: name for name, each in network.named_modules() if isinstance(each, nn.Linear | nn.modules.conv._ConvNd)
-    }
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    names = {id(each): name for name, each in network.named_modules() if isinstance(each, kinds)}
 
     def look(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
         name, groups, weight = names[id(module)], getattr(module, "groups", 1), module.get_parameter("weight")
