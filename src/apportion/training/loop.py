@@ -135,7 +135,7 @@ def train(
         )
         # Without a folder there is nothing to save, so Ctrl-C need not wait.
         interrupts = stack.enter_context(held_interrupts()) if folder is not None else Interrupts()
-        steps = _Steps(run, objective, hooks, schedule or _as_set(settings))
+        steps = _Steps(run, objective, hooks, schedule)
         last = settings.steps if stop_after is None else min(stop_after, settings.steps)
         while run.steps_done < last:
             steps.take(batches(run.steps_done))
@@ -163,12 +163,16 @@ class _Steps:
     """Takes the steps of a run and remembers what the last one gave."""
 
     def __init__(
-        self, run: Run, objective: Objective[Any, Any], hooks: Sequence[Hook[Any]], schedule: LearningRateSchedule
+        self,
+        run: Run,
+        objective: Objective[Any, Any],
+        hooks: Sequence[Hook[Any]],
+        schedule: LearningRateSchedule | None = None,
     ) -> None:
         self._run = run
         self._objective = objective
         self._hooks = hooks
-        self._schedule = schedule
+        self._schedule = schedule or _as_set(run.settings)
         self._non_finite = FirstNonFinite(run.device)
         self._metrics: dict[str, int | float | Tensor] = {}
 
