@@ -39,7 +39,8 @@ def keep_best(scores: Float[Tensor, "out in"], count: int) -> Bool[Tensor, "out 
     rows, columns = scores.shape
     if not 0 <= count <= rows * columns:
         raise InputError(f"count={count}: a layer of {rows} x {columns} weights can keep 0 to {rows * columns}")
-    return _mask(*select_total(scores, count), (rows, columns))
+    crow, col = select_total(scores, count)
+    return _mask(crow, col, (rows, columns))
 
 
 class Pattern(ABC):

@@ -30,7 +30,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -274,22 +274,14 @@ def _member(layer: Dense, settings: SparseIftSettings) -> SparseParallel | Spars
 def _alike(layer: Dense, inputs: int, outputs: int, *, pointwise: bool = False, bias: bool | None = None) -> Dense:
     """A new layer of the same kind with other widths; a convolution's second factor looks at one place only."""
     with_bias = layer.bias is not None if bias is None else bias
-    where = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     if isinstance(layer, nn.Linear):
-        return nn.Linear(inputs, outputs, with_bias, **where)
+        return nn.Linear(inputs, outputs, with_bias).to(layer.weight)
     if pointwise:
-        return nn.Conv2d(inputs, outputs, 1, bias=with_bias, **where)
-    return nn.Conv2d(
-        inputs,
-        outputs,
-        layer.kernel_size,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        bias=with_bias,
-        padding_mode=layer.padding_mode,
-        **where,
-    )
+        return nn.Conv2d(inputs, outputs, 1, bias=with_bias).to(layer.weight)
+    geometry: dict[str, Any] = {
+        name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    }
+    return nn.Conv2d(inputs, outputs, bias=with_bias, **geometry).to(layer.weight)
 
 
 def _widths(layer: Dense) -> tuple[int, int]:
