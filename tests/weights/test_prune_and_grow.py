@@ -239,7 +239,7 @@ def test_convolutions_move_too():
         net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 3))
     start_sparse(net, layer_counts(prunable(net), 0.3, "erk"))
     mask = masks_of(net)["0"].clone()
-    growth = torch.rand(4, 18, generator=torch.Generator().manual_seed(9))
+    growth = torch.rand(4, 18, generator=torch.Generator().manual_seed(0))
     expected = next_mask(masked_layers(net)[0].matrix(), mask, growth, 0.5)
     moved = move_masks(net, {"0": growth}, 0.5)
     assert torch.equal(masks_of(net)["0"], expected)
@@ -326,6 +326,15 @@ def test_a_sparse_start_has_the_counts_and_can_keep_the_size_of_activations():
     assert not torch.equal(masks_of(other)["0"], mask)
     assert set(masks_of(other)) == {"0"}
     torch.testing.assert_close(other[0].weight, torch.where(masks_of(other)["0"], dense, 0))
+
+
+def test_first_masks_have_nothing_to_do_with_weights_of_the_same_seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(100, 100))
+    start_sparse(net, {"0": 1000}, seed=0)
+    kept = net[0].weight[masks_of(net)["0"]]
+    assert abs(float(kept.detach().mean())) < 0.01  # of weights between -0.1 and 0.1
 
 
 def test_training_costs_what_its_steps_add_up_to():

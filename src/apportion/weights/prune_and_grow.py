@@ -130,8 +130,7 @@ class PruneAndGrow(Hook[nn.Module]):
         layers = masked_layers(module)
         if not layers:
             raise InputError(f"{type(module).__name__} has no masked layer: start with `start_sparse`")
-        # Not the stream that the first masks of a small seed were drawn from.
-        generator = torch.Generator().manual_seed((self.settings.seed + 1) * 1_000_003 + step)
+        generator = _stream(self.settings.seed, step + 1)
         for layer in layers:
             gradient = _gradient(layer, self.settings.growth)
             if self.settings.growth == "gradient":
@@ -209,7 +208,7 @@ def start_sparse(
     Raises:
         InputError: there is no such layer; a count is none, or more than the layer has.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = _stream(seed, 0)
     modules = dict(network.named_modules())
     masks = {}
     for name, count in counts.items():
@@ -277,6 +276,12 @@ def spend(
     if empty := [name for name, count in counts.items() if count < 1]:
         raise InputError(f"{empty[0]} would be left without a weight: raise the density, or leave it dense")
     return counts
+
+
+def _stream(seed: int, step: int) -> torch.Generator:
+    """Random numbers of a step, 0 being before the first."""
+    # Far from small seeds: a network drawn with the same one would have its largest weights where masks hold.
+    return torch.Generator().manual_seed((0x5EED0000 + 1_000_003 * seed + step) % 2**32)
 
 
 def _densities(
