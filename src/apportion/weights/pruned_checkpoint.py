@@ -131,13 +131,14 @@ def read_windows(lm: LanguageModel, text: Text) -> Windows:
     if limit is not None and text.context > limit:
         raise InputError(f"context={text.context}: {lm.name} reads at most {limit} tokens at once")
     judged = math.ceil(text.evaluation_tokens / (text.context - 1))
-    # Hardly any tokenizer makes fewer tokens than one of eight characters, and half of the documents are held out.
-    characters = 2 * 8 * text.context * (4 * text.samples + judged)
-    own = _documents(text.calibration, characters)
+    # Hardly any tokenizer makes fewer tokens than one of eight characters.
+    characters = 8 * text.context * max(4 * text.samples, judged)
     if text.evaluation is None:
-        calibration, evaluation = own[::2], own[1::2]
+        calibration, evaluation = _documents(text.calibration, characters, 2)
     else:
-        calibration, evaluation = own, _documents(text.evaluation, characters)
+        (calibration,), (evaluation,) = (
+            _documents(source, characters, 1) for source in (text.calibration, text.evaluation)
+        )
     found = _cut(lm, calibration, text.context, 4 * text.samples)
     _check_enough(len(found), text.samples, "calibration", text)
     chosen = sorted(random.Random(text.seed).sample(range(len(found)), text.samples))
@@ -263,14 +264,16 @@ def _key(ids: Tensor) -> str:
     return hashlib.sha256(ids.cpu().long().numpy().tobytes()).hexdigest()[:16]
 
 
-def _documents(source: str, characters: int) -> list[str]:
-    found, length = [], 0
-    for each in corpus(source):
-        found.append(each.text)
-        length += len(each.text)
-        if length >= characters:
+def _documents(source: str, characters: int, hands: int) -> list[list[str]]:
+    """The documents of a corpus dealt out to some hands, until each has so many characters."""
+    dealt: list[list[str]] = [[] for _ in range(hands)]
+    lengths = [0] * hands
+    for number, each in enumerate(corpus(source)):
+        dealt[number % hands].append(each.text)
+        lengths[number % hands] += len(each.text)
+        if min(lengths) >= characters:
             break
-    return found
+    return dealt
 
 
 def _cut(lm: LanguageModel, texts: Iterable[str], context: int, most: int) -> Tensor:
