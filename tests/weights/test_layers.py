@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -47,7 +49,7 @@ def test_a_convolution_has_its_input_channels_side_by_side():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_decoder_is_pruned_without_its_head_and_embeddings(family):
-    model = tiny_model(family)
+    model = copy.deepcopy(tiny_model(family))  # it is shared with other tests
     layers = prunable(model)
     assert not any("head" in each.name or "emb" in each.name for each in layers)
     up = next(each for each in layers if each.name.endswith(("up_proj", "c_fc")))
@@ -58,7 +60,7 @@ def test_a_decoder_is_pruned_without_its_head_and_embeddings(family):
 
 
 def test_a_tied_head_is_refused():
-    model = tiny_model("llama")
+    model = copy.deepcopy(tiny_model("llama"))
     model.lm_head.weight = model.model.embed_tokens.weight
     with pytest.raises(InputError, match=r"lm_head shares its weight with the embedding model\.embed_tokens"):
         prunable(model, include=["lm_head"])

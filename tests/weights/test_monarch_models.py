@@ -1,5 +1,6 @@
 """Monarch layers in whole models: what is replaced, what stays the same, and what an optimiser knows afterwards."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_layers_drawn_anew_keep_nothing() -> None:
 
 
 def test_a_transformers_model_takes_them_and_gives_the_same_after_densify() -> None:
-    model = tiny_model("llama").eval()
+    model = copy.deepcopy(tiny_model("llama")).eval()
     tokens = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         dense = model(tokens).logits
@@ -80,7 +81,7 @@ def test_a_transformers_model_takes_them_and_gives_the_same_after_densify() -> N
 
 
 def test_gpt2s_transposed_layers_are_replaced_too() -> None:
-    model = tiny_model("gpt2").eval()
+    model = copy.deepcopy(tiny_model("gpt2")).eval()
     tokens = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(tokens).logits
