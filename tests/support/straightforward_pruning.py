@@ -1,12 +1,12 @@
-"""Wanda and SparseGPT written a second time, in numpy and float64, straight from what the papers ask for.
+"""Wanda and SparseGPT written a second time, in float64, straight from what the papers ask for.
 
 Nothing here is shared with the package: inputs come from hooks in transformers' own forward pass, ties and rounding
 are spelt out, and SparseGPT solves by elimination (one column at a time the inverse second moments lose that column;
 every row is moved at once; nothing waits) instead of with a Cholesky factor and lazy updates.
 
-    python tests/support/straightforward_pruning.py [0.5 ...]
+    PYTHONPATH=src python tests/support/straightforward_pruning.py wanda 0.5
 
-prunes SmolLM2 both ways on the same text, and prints perplexities side by side.
+prunes SmolLM2 both ways on the same text, and prints perplexities side by side (SparseGPT takes some minutes).
 """
 
 import contextlib
@@ -47,31 +47,31 @@ def sparsegpt(weight: Array, inputs: Array, sparsity: float, mask: Array | None 
     """Optimal brain surgery, column by column; a mask can be given instead of chosen."""
     moments = inputs.T @ inputs / len(inputs)
     moments += damp * np.mean(np.diag(moments)) * np.eye(len(moments))
-    inverse = np.linalg.inv(moments)
-    weight = weight.copy()
+    # Tensors for the sake of their updates in place.
+    inverse, weight = torch.from_numpy(np.linalg.inv(moments)), torch.from_numpy(weight.copy())
     rows, width = weight.shape
-    chosen = np.ones((rows, width), dtype=bool) if mask is None else mask
+    chosen = torch.ones(rows, width, dtype=torch.bool) if mask is None else torch.from_numpy(mask)
     for column in range(width):
         if mask is None and column % COLUMNS == 0:
             part = slice(column, min(column + COLUMNS, width))
             # What each of these columns will cost once those before it are gone.
             costs = np.empty(part.stop - column)
-            ahead = inverse[part, part].copy()
+            ahead = inverse[part, part].numpy().copy()
             for place in range(len(costs)):
                 costs[place] = ahead[place, place]
                 ahead -= np.outer(ahead[:, place], ahead[place]) / costs[place]
-            scores = weight[:, part] ** 2 / costs
+            scores = weight[:, part].numpy() ** 2 / costs
             kept = round((1 - sparsity) * scores.size)
             best = np.argsort(-scores, axis=None, kind="stable")[:kept]
             choice = np.zeros(scores.size, dtype=bool)
             choice[best] = True
-            chosen[:, part] = choice.reshape(scores.shape)
-        later = slice(column, width)
-        error = np.where(chosen[:, column], 0, weight[:, column]) / inverse[column, column]
-        weight[:, later] -= np.outer(error, inverse[column, later])
+            chosen[:, part] = torch.from_numpy(choice.reshape(scores.shape))
+        later, pivot = slice(column, width), float(inverse[column, column])
+        error = torch.where(chosen[:, column], 0, weight[:, column])
+        weight[:, later].addr_(error, inverse[column, later].clone(), alpha=-1 / pivot)
         weight[~chosen[:, column], column] = 0
-        inverse[later, later] -= np.outer(inverse[later, column], inverse[column, later]) / inverse[column, column]
-    return weight
+        inverse[later, later].addr_(inverse[later, column].clone(), inverse[column, later].clone(), alpha=-1 / pivot)
+    return weight.numpy()
 
 
 def least_squares(weight: Array, moments: Array, mask: Array) -> Array:
@@ -126,34 +126,34 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
     return float(np.exp(np.mean(losses)))
 
 
-def _compared(sparsities: list[float]) -> Iterator[str]:
+def _compared(name: str, sparsity: float) -> Iterator[str]:
     from apportion.models import load
     from apportion.weights.one_shot import prune_model
     from apportion.weights.one_shot_catalogue import one_shot_method
     from apportion.weights.patterns import Unstructured
     from apportion.weights.pruned_checkpoint import Text, read_windows
 
+    straightforward = {"wanda": wanda, "sparsegpt": sparsegpt}[name]
     lm = load("smollm2")
-    dense = {name: each.clone() for name, each in lm.model.state_dict().items()}
+    dense = {key: each.clone() for key, each in lm.model.state_dict().items()}
     windows = read_windows(lm, Text("code", samples=8, context=256, evaluation_tokens=4000))
     yield f"dense: {perplexity(lm.model, windows.evaluation):.3f} on {windows.evaluation.numel()} tokens"
-    for sparsity in sparsities:
-        for name, straightforward in (("wanda", wanda), ("sparsegpt", sparsegpt)):
-            lm.model.load_state_dict(dense)
-            prune_model(lm, windows.calibration, one_shot_method(name), Unstructured(sparsity, "row"), error_every=0)
-            own = perplexity(lm.model, windows.evaluation)
-            lm.model.load_state_dict(dense)
-            prune_in_place(
-                lm.model,
-                lm.model.model.layers,
-                windows.calibration,
-                lambda weight, inputs, by=straightforward, share=sparsity: by(weight, inputs, share),
-            )
-            other = perplexity(lm.model, windows.evaluation)
-            yield f"{name} at {sparsity:.0%}: {own:.4f}, straightforward float64 {other:.4f}: {own / other - 1:+.3%}"
+    pattern = Unstructured(sparsity, "row")
+    report = prune_model(lm, windows.calibration, one_shot_method(name), pattern, error_every=0, progress=False)
+    own = perplexity(lm.model, windows.evaluation)
+    zeros = {each.name: lm.model.get_submodule(each.name).weight == 0 for each in report.layers}
+    lm.model.load_state_dict(dense)
+    blocks = lm.model.model.layers
+    prune_in_place(
+        lm.model, blocks, windows.calibration, lambda weight, inputs: straightforward(weight, inputs, sparsity)
+    )
+    other = perplexity(lm.model, windows.evaluation)
+    yield f"{name} at {sparsity:.0%}: {own:.4f}, straightforward float64 {other:.4f}: {own / other - 1:+.3%}"
+    same = [float((each == (lm.model.get_submodule(key).weight == 0)).float().mean()) for key, each in zeros.items()]
+    yield f"the same weights are 0: {same[0]:.4%} in the first layer, {sum(same) / len(same):.4%} in all"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for line in _compared([float(each) for each in sys.argv[1:]] or [0.5]):
+    for line in _compared(sys.argv[1], float(sys.argv[2])):
         print(line, flush=True)

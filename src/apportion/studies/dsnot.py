@@ -131,6 +131,7 @@ class _Trial:
 
     def __init__(self, lm: LanguageModel, size: _Size) -> None:
         self._lm, self._size = lm, size
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
         self._dense = {name: each.clone() for name, each in lm.model.state_dict().items()}
         self._without_bias = [each for each in lm.model.modules() if isinstance(each, nn.Linear) and each.bias is None]
 
@@ -164,6 +165,11 @@ class _Trial:
 
     def _texts(self, seed: int) -> tuple[Tensor, Tensor]:
         """Windows of one seed, each from other documents than the other kind's."""
+        if seed not in self._found:
+            self._found[seed] = self._read(seed)
+        return self._found[seed]
+
+    def _read(self, seed: int) -> tuple[Tensor, Tensor]:
         size = self._size
         text = Text("code", None, size.samples, size.context, 4 * size.evaluation_tokens, seed)
         windows = read_windows(self._lm, text)
