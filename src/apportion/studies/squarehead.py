@@ -11,7 +11,7 @@ library source, by perplexity on held-out files.
 
 Written down before the first run: what counts is that CE+SQ is below CE and below CE+KL at 90 and at 95 %, and on
 SmolLM2 where that is measured. What happens at 80 %, and whether KL adds anything to SQ, is shown and does not count. A
-first run had 1e-3 where the grid now has 1e-1: nearly all best rates, of all arms, were at its upper end.
+first run (verdict: mixed) had 1e-3 where the grid now has 1e-1: nearly all best rates, of all arms, were at its end.
 """
 
 import copy
