@@ -318,11 +318,11 @@ def way_for(count: int, density: float, half: bool = False) -> str:
     """
     # Milliseconds that 2**20 vectors of 16 places took on one thread of a Xeon with AVX-512, near enough.
     took = {
-        "nonzeros": 1.0 + 13.0 * density * -(-count // LANES),
+        "nonzeros": 1.2 + 13.0 * density * -(-count // LANES),
         "panels": 5.0 + 0.06 * count if half and native_bfloat16() else 5.0 + 0.27 * count,
     }
     if has_expand():
-        took["expand"] = 0.9 + 2.5 * density + 0.4 * count
+        took["expand"] = 0.7 + 2.5 * density + 0.38 * count
     return min(took, key=took.__getitem__)
 
 
