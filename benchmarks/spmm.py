@@ -18,7 +18,7 @@ from apportion.models import LanguageModel, load
 from apportion.ops.spmm import cpu
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
 from apportion.studies.flash_llm import torch_csr
-from apportion.weights.compress import compress, decompress
+from apportion.weights.compression import compress, decompress
 from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, benchmark, timed
 
 _DENSE = "dense float32"

@@ -19,7 +19,7 @@ from apportion.weights.checkpoint import (
     save_transformers,
     to_transformers,
 )
-from apportion.weights.compress import compress
+from apportion.weights.compression import compress
 from apportion.weights.sparse_linear import SparseLinear, bytes_by_format
 
 

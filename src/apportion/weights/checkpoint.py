@@ -23,7 +23,7 @@ from apportion.models import LanguageModel, load
 from apportion.models.families import transformer_of
 from apportion.models.packed_files import DTYPES, KIND, MANIFEST, VERSION, WEIGHTS, read_packed
 from apportion.ops.spmm.formats import FORMATS, Dense, Packed
-from apportion.weights.compress import replace_module
+from apportion.weights.compression import replace_module
 from apportion.weights.sparse_linear import RUNNABLE, SparseLinear, bytes_by_format, smallest
 
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from apportion.errors import InputError
 from apportion.models import LanguageModel, load
-from apportion.weights import compress as compressing
-from apportion.weights.compress import compress, decompress
+from apportion.weights import compression as compressing
+from apportion.weights.compression import compress, decompress
 from apportion.weights.crossover import Crossover
 from apportion.weights.sparse_linear import SparseLinear
 
