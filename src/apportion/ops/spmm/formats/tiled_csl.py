@@ -103,7 +103,8 @@ class TiledCSL:
 
 def location(row: np.ndarray, column: np.ndarray) -> np.ndarray:
     """Where a place of a tile lies in the paper's shared memory."""
-    return row * TILE_COLUMNS + (column ^ ((row % 8) << 3))
+    found: np.ndarray = row * TILE_COLUMNS + (column ^ ((row % 8) << 3))
+    return found
 
 
 def row_and_column(location: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
