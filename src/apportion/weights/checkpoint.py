@@ -22,6 +22,7 @@ from apportion.errors import InputError
 from apportion.models import LanguageModel, load
 from apportion.models.families import transformer_of
 from apportion.models.packed_files import DTYPES, KIND, MANIFEST, VERSION, WEIGHTS, read_packed
+from apportion.models.saving import save_model
 from apportion.ops.spmm.formats import FORMATS, Dense, Packed
 from apportion.weights.compression import replace_module
 from apportion.weights.sparse_linear import RUNNABLE, SparseLinear, bytes_by_format, smallest
@@ -183,18 +184,10 @@ def save_transformers(lm: LanguageModel, out: Path | str) -> Path:
     Raises:
         InputError: layers are packed, or ``out`` cannot be written.
     """
-    from safetensors import SafetensorError
-
     if any(isinstance(each, SparseLinear) for each in lm.model.modules()):
         raise InputError("the model has packed layers: decompress it first")
-    out = Path(out)
-    _writable(out)
-    try:
-        lm.model.save_pretrained(out)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"cannot write {out} ({error})") from error
-    lm.tokenizer.save_pretrained(out)
-    return out
+    save_model(lm, out)
+    return Path(out)
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
