@@ -12,6 +12,7 @@ from torch import nn
 
 from apportion.errors import InputError
 from apportion.models import LanguageModel, load
+from apportion.models.packed_files import is_packed
 from apportion.weights.checkpoint import (
     load_compressed,
     load_dense,
@@ -109,6 +110,15 @@ def test_the_way_back_is_a_checkpoint_of_transformers(lm, tmp_path, tiny_llama):
     compress(lm)
     with pytest.raises(InputError, match="decompress it first"):
         save_transformers(lm, tmp_path / "other")
+
+
+def test_a_plain_model_takes_the_place_of_a_packed_one(lm, tmp_path):
+    prune(lm.model)
+    save_compressed(lm, tmp_path)
+    lm.model.lm_head.weight.data += 1
+    save_transformers(lm, tmp_path)
+    assert not is_packed(tmp_path)
+    assert same(load(tmp_path).model.state_dict(), lm.model.state_dict())
 
 
 def test_a_reader_of_a_few_lines_needs_nothing_of_ours(lm, tmp_path):

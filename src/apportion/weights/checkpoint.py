@@ -111,6 +111,8 @@ def save_compressed(model: Any, folder: Path | str, format: str = "auto", dtype:
         if written.dim() == 2 and written.is_floating_point():
             weights.append(_described(name, written, packed, tensor.nbytes))
     _writable(folder)
+    # Whoever is killed from here on leaves no manifest beside weights that it does not describe.
+    (folder / MANIFEST).unlink(missing_ok=True)
     _save_surroundings(model, folder)
     with write_atomically(folder / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -187,6 +189,8 @@ def save_transformers(lm: LanguageModel, out: Path | str) -> Path:
     if any(isinstance(each, SparseLinear) for each in lm.model.modules()):
         raise InputError("the model has packed layers: decompress it first")
     save_model(lm, out)
+    for name in (MANIFEST, WEIGHTS):  # of a packed checkpoint that was there, which would be read in its place
+        (Path(out) / name).unlink(missing_ok=True)
     return Path(out)
 
 
