@@ -17,7 +17,9 @@ grids of rates were a step lower; most arms chose the highest rate and none the 
 """
 
 import math
+import tempfile
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from torch import nn
 
 from apportion.data.characters import characters
 from apportion.data.digits import digits
+from apportion.report.plots import ParetoPoint, pareto
 from apportion.studies.finding import Comparison, Finding, Row, Scale
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.small_networks import (
@@ -223,7 +226,7 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
         machine=machine(),
         scale=scale,
         notes=_notes(tasks, measured),
-        plots={"quality": _picture(tasks, measured)},
+        plots={task.name: _picture(task, measured) for task in tasks},
     )
 
 
@@ -341,20 +344,15 @@ def _notes(tasks: list[_Task], measured: dict[str, dict[str, Any]]) -> list[str]
     return notes
 
 
-def _picture(tasks: list[_Task], measured: dict[str, dict[str, Any]]) -> str:
+def _picture(task: _Task, measured: dict[str, dict[str, Any]]) -> str:
     """Quality by nominal sparsity: a line for each way, the dense networks at 0."""
-    import tempfile
-    from pathlib import Path
-
-    from apportion.report.plots import ParetoPoint, trade_offs
-
-    points: dict[str, list[ParetoPoint]] = {}
-    for task in tasks:
-        for arm in task.arms():
-            row = Row.of("", "", measured[f"{task.name}: {arm.name}"]["figures"])
-            series = arm.name if arm.member is None else f"{arm.member.capitalize()}, {arm.moves}"
-            point = ParetoPoint(series, arm.sparsity, row.mean, 0.0, row.stderr or 0.0)
-            points.setdefault(f"{task.name}: {task.metric}", []).append(point)
+    points = []
+    for arm in task.arms():
+        row = Row.of("", "", measured[f"{task.name}: {arm.name}"]["figures"])
+        series = arm.name if arm.member is None else f"{arm.member.capitalize()}, {arm.moves}"
+        points.append(ParetoPoint(series, arm.sparsity, row.mean, 0.0, row.stderr or 0.0))
     with tempfile.TemporaryDirectory() as folder:
-        path = trade_offs(Path(folder) / "quality.svg", points, cost="nominal sparsity")
-        return path.read_text(encoding="utf-8")
+        picture = pareto(
+            Path(folder) / "quality.svg", points, cost="nominal sparsity", quality=task.metric, title=task.name
+        )
+        return picture.read_text(encoding="utf-8")
