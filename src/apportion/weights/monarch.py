@@ -173,7 +173,8 @@ class MonarchLinear(nn.Module):
             `MonarchShape.of`.
         shape: any other structure, in place of ``nblocks`` and ``rank``.
         match_linear: start with outputs as large as `torch.nn.Linear`'s, not 1/sqrt(3) of that.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         InputError: a shape that cannot be, a shape for other features, or a dtype of integers.
