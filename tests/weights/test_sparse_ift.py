@@ -81,7 +81,8 @@ def test_the_counter_agrees_with_loops_and_with_torch():
     y, multiplied = counted_by_hand(own[0], x[0])
     torch.testing.assert_close(own(x)[0], y)
     masks_from_zeros(own, prunable(own))
-    assert cost_of(own, x).flops == multiplied == cost_of(own, x).dense_flops * 45 // 54
+    assert cost_of(own, x).flops == multiplied
+    assert cost_of(own, x).dense_flops == own[0].weight.numel() * y[0].numel()
 
 
 def test_a_cost_counts_calls_parameters_and_what_is_put_out():
