@@ -87,7 +87,7 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     size = _SIZES[scale]
     with one_thread():
-        rates = {arm: _rate(arm, size, bench) for arm in ("dense", *_SCHEMES)}
+        rates = {arm: _rate(arm, size, bench) for arm in ("dense", _FEWER, *_SCHEMES)}
         measured: Measured = defaultdict(lambda: defaultdict(list))
         for seed in seeds:
             found = bench.measure(f"seed {seed}", [asdict(size), rates, seed], partial(_of_seed, size, rates, seed))
@@ -119,7 +119,8 @@ def _rate(arm: str, size: _Size, bench: Workbench) -> float:
     def losses() -> list[float]:
         data = digits(_TUNING_SEED)
         settings = Bdwp(2, 8, **_SCHEMES[arm]) if arm in _SCHEMES else None
-        trained = [_train(settings, size.steps, rate, data, _TUNING_SEED) for rate in _RATES]
+        steps = _fewer(size, 2, 8) if arm == _FEWER else size.steps
+        trained = [_train(settings, steps, rate, data, _TUNING_SEED) for rate in _RATES]
         return [loss_of(each.eval(), data.validation) for each in trained]
 
     found = bench.measure(f"learning rates of {arm}", [asdict(size), arm, _RATES], losses)
@@ -141,10 +142,14 @@ def _of_seed(size: _Size, rates: dict[str, float], seed: int) -> dict[str, dict[
                 own |= _fidelity(network, settings, data)
             finish(network)
             found[f"{n}:{m}: {arm}"] = _judge(network, data) | own
-        share = _macs(Bdwp(n, m)) / everything
-        fewer = _train(None, round(size.steps * share), rates["dense"], data, seed)
-        found[f"{n}:{m}: {_FEWER}"] = _judge(fewer, data) | {"multiply-adds": share}
+        fewer = _train(None, _fewer(size, n, m), rates[_FEWER], data, seed)
+        found[f"{n}:{m}: {_FEWER}"] = _judge(fewer, data) | {"multiply-adds": _macs(Bdwp(n, m)) / everything}
     return found
+
+
+def _fewer(size: _Size, n: int, m: int) -> int:
+    """Dense steps with as many multiply-adds as all steps of BDWP."""
+    return round(size.steps * _macs(Bdwp(n, m)) / _macs(None))
 
 
 def _train(settings: Bdwp | None, steps: int, rate: float, data: Digits, seed: int) -> nn.Module:
