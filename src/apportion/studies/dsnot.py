@@ -14,6 +14,7 @@ import random
 import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
             found = bench.measure(
                 f"{title}, seed {seed}",
                 [asdict(size), title, seed],
-                lambda name=name, sparsity=sparsity, seed=seed: trial.measured(name, sparsity, seed),
+                partial(trial.measured, name, sparsity, seed),
             )
             for metric, value in found.items():
                 measured[title][metric].append(value)

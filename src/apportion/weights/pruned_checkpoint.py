@@ -247,8 +247,8 @@ def _finished(folder: Path, settings: Mapping[str, Any]) -> PrunedCheckpoint:
         layers = [LayerReport(**{**each, "shape": tuple(each["shape"])}) for each in content["layers"]]
         report = OneShotReport(settings, layers, content["seconds"], 1 + max(each.block for each in layers))
         perplexity, text = content["perplexity"], content["text"]
-        figures = [math.inf if perplexity[name] is None else perplexity[name] for name in ("before", "after")]
-        return PrunedCheckpoint(folder, report, *figures, perplexity["tokens"], text, finished_before=True)
+        before, after = (math.inf if perplexity[name] is None else perplexity[name] for name in ("before", "after"))
+        return PrunedCheckpoint(folder, report, before, after, perplexity["tokens"], text, finished_before=True)
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / REPORT} is no report of a pruning ({error}): choose a new folder") from error
 
