@@ -12,9 +12,11 @@ from apportion.report.plots import ParetoPoint, bars_with_errors, pareto
 from benchmarks.contenders import BARE
 from benchmarks.registry import BENCHMARKS
 from benchmarks.runner import Result
-from benchmarks.tables import heading, markdown
+from benchmarks.tables import heading, markdown, overview
 
 PAGE = "performance.md"
+# More races than this are shown as one table of ratios.
+_MOST_TABLES = 12
 Race = dict[str, Any]
 
 
@@ -76,8 +78,11 @@ def _section(result: Result, images: Path) -> str:
         lines += [f"![{alternative}](images/{path.name})", ""]
     skipped: dict[str, str] = {}
     for race in result["races"]:
-        lines += [f"**{heading(result, race)}**", "", markdown(race), ""]
+        if len(result["races"]) <= _MOST_TABLES:
+            lines += [f"**{heading(result, race)}**", "", markdown(race), ""]
         skipped |= race["skipped"]
+    if len(result["races"]) > _MOST_TABLES:
+        lines += [overview(result["races"]), ""]
     lines += [f"- {label}: not measured, {reason}" for label, reason in skipped.items()]
     # The others measure the same steps.
     lines += _what_is_included(result["races"][0]) if result["name"] in ("step", "harvest", "report") else []

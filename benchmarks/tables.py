@@ -1,5 +1,6 @@
 """Results as tables: the same cells in the terminal and on the page."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.runner import Result
@@ -61,4 +62,19 @@ def markdown(race: dict[str, Any]) -> str:
     """A race for the page."""
     headings, *rows = cells(race)
     lines = [f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def overview(races: Sequence[dict[str, Any]]) -> str:
+    """Many races of one kind as a single table: the baseline's median of each, and the others' ratios to it."""
+    labels = list(dict.fromkeys(case["label"] for race in races for case in race["cases"]))
+    baseline = races[0]["baseline"]
+    others = [label for label in labels if label != baseline]
+    rows = []
+    for race in races:
+        of = {case["label"]: case for case in race["cases"]}
+        ratios = (of[label]["ratio"] if label in of else None for label in others)
+        cells = ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        rows.append([race["title"], shown(race["quantity"], of[baseline]["median"][race["quantity"]]), *cells])
+    lines = [f"| | {baseline} | {' | '.join(f'{label}, ×' for label in others)} |", "|---|" + "---:|" * len(labels)]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"

@@ -18,7 +18,7 @@ from benchmarks.command import RESULTS, main
 from benchmarks.machine import ROOT
 from benchmarks.problem import SMOKE, Problem
 from benchmarks.registry import BENCHMARKS, Case, Race, RacePlan, Unavailable, benchmark, chosen
-from benchmarks.tables import cells, shown
+from benchmarks.tables import cells, overview, shown
 
 NEVER = time.monotonic() + 1e6
 
@@ -320,3 +320,18 @@ def test_values_are_shown_with_their_unit() -> None:
     assert shown("product seconds", 12.0) == "12.00 s"
     assert shown("extra bytes", 67_108_864) == "67.1 MB"
     assert shown("tokens per second", 1234.5) == "1,234"
+
+
+def test_many_races_make_one_table_of_ratios():
+    def race(title, ratio):
+        cases = [
+            {"label": "dense", "ratio": 1.0, "median": {"seconds": 0.002}},
+            {"label": "packed", "ratio": ratio, "median": {"seconds": 0.002 * ratio}},
+        ]
+        return {"title": title, "baseline": "dense", "quantity": "seconds", "cases": cases}
+
+    lacking = race("third", 1.0)
+    del lacking["cases"][1]
+    table = overview([race("first", 0.5), race("second", 2.0), lacking]).splitlines()
+    assert table[0] == "| | dense | packed, × |"
+    assert table[2:] == ["| first | 2.0 ms | 0.50 |", "| second | 2.0 ms | 2.00 |", "| third | 2.0 ms | – |"]
