@@ -336,6 +336,12 @@ class NofM:
         row = torch.arange(rows, device=scores.device).repeat_interleave(groups * self.n)
         return Allocation(crow, col, scores[row, col], (rows, columns))
 
+    def mask(self, scores: Float[Tensor, "rows columns"]) -> Bool[Tensor, "rows columns"]:
+        """Who wins, as a mask and without lists of indices: for those who ask at every step of a training."""
+        check_scores(scores)
+        self._groups(scores.shape[1])
+        return _best_of_groups(scores.detach().reshape(-1, self.m), self.n).view(scores.shape)
+
     def mean_budget(self, columns: int) -> float:
         """Winners of every row."""
         return float(self._groups(columns) * self.n)
@@ -348,6 +354,35 @@ class NofM:
         if columns % self.m:
             raise ValueError(f"NofM: {columns} columns are not a multiple of m={self.m}: pad them or choose another m")
         return columns // self.m
+
+
+# Up to here all pairs of a group are compared; larger ones are sorted.
+_FEW = 8
+
+
+def _best_of_groups(groups: Float[Tensor, "groups m"], n: int) -> Bool[Tensor, "groups m"]:
+    """The winners of every group, as a mask."""
+    m = groups.shape[1]
+    if n == m:
+        return torch.ones_like(groups, dtype=torch.bool)
+    if n == 1:  # the first of the largest, as torch has it
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.argmax(dim=1, keepdim=True), True)
+    if m <= _FEW:
+        return _by_rank(groups.T.contiguous(), n).T.contiguous()
+    last = groups.topk(n, dim=1).values[:, -1:]
+    above, level = groups > last, groups == last
+    return above | (level & (level.cumsum(dim=1) <= n - above.sum(dim=1, keepdim=True)))
+
+
+def _by_rank(scores: Float[Tensor, "m groups"], n: int) -> Bool[Tensor, "m groups"]:
+    """Those that fewer than ``n`` others of their group come before."""
+    before = torch.zeros_like(scores, dtype=torch.int8)
+    for second in range(1, len(scores)):
+        for first in range(second):
+            overtakes = scores[second] > scores[first]
+            before[first] += overtakes
+            before[second] += ~overtakes
+    return before < n
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ grids of rates were a step lower; most arms chose the highest rate and none the 
 
 import math
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,7 @@ class _Arm:
     factor: float = 1.0
 
 
-class _Task:
+class _Task(ABC):
     """Data, networks, and what counts."""
 
     name: str
@@ -132,17 +133,17 @@ class _Task:
     def __init__(self, size: _TaskSize) -> None:
         self.size = size
 
+    @abstractmethod
     def make(self, factor: float) -> nn.Module:
         """A network that many times wider."""
-        raise NotImplementedError
 
+    @abstractmethod
     def batches(self, seed: int) -> Batches:
         """To train on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figure(self, network: nn.Module, part: str) -> float:
         """The metric on validation or test data."""
-        raise NotImplementedError
 
     @property
     def sample(self) -> torch.Tensor:

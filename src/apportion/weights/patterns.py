@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from apportion.allocate import NofM
 from apportion.allocate.rules import check_scores
 from apportion.errors import InputError
 from apportion.ops import select_rows, select_total
@@ -146,12 +147,10 @@ class NofMPattern(Pattern):
 
     def keep(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         """The best of each group."""
-        check_scores(scores)
         rows, columns = scores.shape
         self.check((rows, columns))
-        turned = scores.detach() if self.dim == "in" else scores.detach().T
-        mask = _best_of_groups(turned.reshape(-1, self.m), self.n).view(turned.shape)
-        return mask if self.dim == "in" else mask.T
+        rule = NofM(self.n, self.m)
+        return rule.mask(scores) if self.dim == "in" else rule.mask(scores.T).T
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -252,35 +251,6 @@ def choose_masks(scores: Mapping[str, Float[Tensor, "out in"]], pattern: Pattern
             mask.view(-1)[each.argmax()] = True
         masks[name] = mask
     return masks
-
-
-# Up to here all pairs of a group are compared; larger ones are sorted.
-_FEW = 8
-
-
-def _best_of_groups(groups: Float[Tensor, "groups m"], n: int) -> Bool[Tensor, "groups m"]:
-    """What `apportion.allocate.NofM` gives, as a mask and without lists of indices: training asks at every step."""
-    m = groups.shape[1]
-    if n == m:
-        return torch.ones_like(groups, dtype=torch.bool)
-    if n == 1:  # the first of the largest, as torch has it
-        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, groups.argmax(dim=1, keepdim=True), True)
-    if m <= _FEW:
-        return _by_rank(groups.T.contiguous(), n).T.contiguous()
-    last = groups.topk(n, dim=1).values[:, -1:]
-    above, level = groups > last, groups == last
-    return above | (level & (level.cumsum(dim=1) <= n - above.sum(dim=1, keepdim=True)))
-
-
-def _by_rank(scores: Float[Tensor, "m groups"], n: int) -> Bool[Tensor, "m groups"]:
-    """Those that fewer than ``n`` others of their group come before."""
-    before = torch.zeros_like(scores, dtype=torch.int8)
-    for second in range(1, len(scores)):
-        for first in range(second):
-            overtakes = scores[second] > scores[first]
-            before[first] += overtakes
-            before[second] += ~overtakes
-    return before < n
 
 
 def _mask(crow: Tensor, col: Tensor, shape: tuple[int, int]) -> Bool[Tensor, "out in"]:
