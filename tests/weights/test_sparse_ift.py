@@ -131,10 +131,14 @@ def test_members_cost_what_the_dense_layer_costs(member, inputs, outputs, sparsi
         def make(factor: float) -> nn.Module:
             return nn.Sequential(nn.Linear(inputs, outputs))
 
+    size = kernel**2 * inputs * outputs
+    if member == "parallel" and size < (branches := max(1, round(1 / (1 - sparsity)))):
+        with pytest.raises(InputError, match=f"left for {branches} sparse layers"):
+            transform(make, SparseIftSettings(member, sparsity), sample)
+        return
     found = transform(make, SparseIftSettings(member, sparsity), sample)
     dense = make(1.0)(sample)
     places = dense[0, 0].numel() if convolution else 1
-    size = kernel**2 * inputs * outputs
     assert found.before.flops == size * places
     assert found.after.flops == found.before.flops
     # The brute force: every mask's weights, every dense layer's, once for each place.
@@ -154,14 +158,14 @@ def test_members_cost_what_the_dense_layer_costs(member, inputs, outputs, sparsi
         assert len(part.branches) == max(1, round(1 / (1 - sparsity)))
     elif member == "factorized":
         exact = kernel**2 * inputs * outputs / ((1 - sparsity) * (kernel**2 * inputs + outputs))
-        assert 0 <= part.second.weight.shape[1] - exact < 1
+        assert -1e-6 <= part.second.weight.shape[1] - exact < 1
         assert found.realised == pytest.approx(
             1 - size / (part.second.weight.shape[1] * (kernel**2 * inputs + outputs))
         )
     else:
         exact = sparsity * kernel**2 * inputs * outputs / (kernel**2 * inputs + outputs)
         rank = part.low_rank[0].weight.shape[0] if len(part.low_rank) else 0
-        assert 0 <= exact - rank < 1
+        assert -1e-6 <= exact - rank < 1
         assert set(masks) == {"0.sparse"}
 
 
@@ -301,9 +305,9 @@ def test_what_cannot_be_is_named():
             SparseDoped(nn.Linear(2, 2), sparsity)
     with pytest.raises(InputError, match="dense='stem' fits none"):
         transform(wide_digits, SparseIftSettings(dense=("stem",)), sample)
-    with pytest.raises(InputError, match="too many to leave"):
+    with pytest.raises(InputError, match="are left for"):
         transform(wide_digits, SparseIftSettings("wide", 0.9999, dense=("4",)), sample)
-    with pytest.raises(InputError, match="too many to leave anything to 20 sparse layers"):
+    with pytest.raises(InputError, match="left for 20 sparse layers"):
         transform(lambda factor: DigitsNetwork((4, 2, 1)), SparseIftSettings("parallel", 0.9), torch.zeros(1, 4))
     with pytest.raises(InputError, match="without a weight"):
         transform(lambda factor: DigitsNetwork((64, 30, 1)), SparseIftSettings("parallel", 0.99), sample)

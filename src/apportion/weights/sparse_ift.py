@@ -234,13 +234,13 @@ def transform(make: Callable[[float], nn.Module], settings: SparseIftSettings, s
     _say_if_nothing_grew(before, after, settings)
     stays = after.flops - sparse
     budget = before.flops - stays
-    if budget < len(chosen):
-        raise InputError(
-            f"sparsity={settings.sparsity}: layers that stay dense cost {stays} of the dense network's {before.flops} "
-            f"multiply-adds, too many to leave anything to {len(chosen)} sparse layers; use a smaller sparsity, or "
-            "leave fewer layers dense"
-        )
     costs = {layer.name: after.of_layers[layer.name] // layer.parameter.numel() for layer in chosen}
+    if budget < sum(costs.values()):
+        raise InputError(
+            f"sparsity={settings.sparsity}: of the dense network's {before.flops} multiply-adds {max(budget, 0)} are "
+            f"left for {len(chosen)} sparse layers (what stays dense costs {stays}), and a weight in each costs "
+            f"{sum(costs.values())}; use a smaller sparsity, or leave fewer layers dense"
+        )
     counts = spend(chosen, min(budget, sparse), costs, settings.profile)
     rescale = settings.rescale and settings.member in ("wide", "factorized")
     start_sparse(network, counts, seed=settings.seed, rescale=rescale)
