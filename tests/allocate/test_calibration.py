@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apportion.allocate import FeatureChoice, MutualChoice, ThresholdCalibrator, Zipf, densities, whole_quotas
 
-SETTINGS = hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
+SETTINGS = hypothesis.settings(deadline=None, max_examples=60)
 
 ROWS, COLUMNS = 200, 16
 

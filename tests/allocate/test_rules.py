@@ -29,7 +29,7 @@ from apportion.allocate import (
 )
 
 # The first call of a kernel may compile it, so there is no deadline.
-SETTINGS = hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
+SETTINGS = hypothesis.settings(deadline=None, max_examples=60)
 
 ROWS, COLUMNS = 3, 4
 

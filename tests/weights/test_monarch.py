@@ -186,7 +186,7 @@ def test_no_alternating_least_squares_beats_the_projection(shape: MonarchShape) 
     blocks=strategies.tuples(*[strategies.integers(1, 4)] * 2),
     seed=strategies.integers(0, 100),
 )
-@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=40, deadline=None)
 def test_no_perturbation_of_the_factors_is_nearer(sizes: tuple[int, int], blocks: tuple[int, int], seed: int) -> None:
     in_blocks, out_blocks = min(blocks[0], sizes[0]), min(blocks[1], sizes[1])
     shape = MonarchShape(*sizes, in_blocks, out_blocks, math.lcm(in_blocks, out_blocks))
