@@ -31,7 +31,7 @@ import pytest
 from hypothesis import settings
 
 # A suite that passed passes again: examples are the same at every run, so that none that is new stops a change that
-# has nothing to do with it. Looking for new ones is a job of its own: `pytest -m hypothesis --hypothesis-profile=explore`.
+# has nothing to do with it. Looking for new ones is a job of its own: `--hypothesis-profile=explore`.
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False, print_blob=True)
 settings.load_profile("repeatable")
