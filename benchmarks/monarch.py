@@ -26,22 +26,25 @@ def plans(smoke: bool) -> Sequence[RacePlan]:
     """A race for each width and number of rows, then training steps."""
     sizes = [(16, 4)] if smoke else [(width, rows) for rows in _ROWS for width in _WIDTHS]
     steps = [(16, 4)] if smoke else _STEPS
-    return [_plan(*size, trained=False) for size in sizes] + [_plan(*size, trained=True) for size in steps]
+    enough = 0.0 if smoke else _ENOUGH
+    return [_plan(*size, enough, trained=False) for size in sizes] + [
+        _plan(*size, enough, trained=True) for size in steps
+    ]
 
 
-def _plan(width: int, rows: int, trained: bool) -> RacePlan:
+def _plan(width: int, rows: int, enough: float, trained: bool) -> RacePlan:
     title = f"{width:,} wide, {rows:,} rows" + (", forward and backward" if trained else "")
     share = float(width**2 * rows * (3 if trained else 1) + width**2)
-    return RacePlan(title, {"width": width, "rows": rows}, lambda: _race(width, rows, trained), share=share)
+    return RacePlan(title, {"width": width, "rows": rows}, lambda: _race(width, rows, enough, trained), share=share)
 
 
-def _race(width: int, rows: int, trained: bool) -> Race:
+def _race(width: int, rows: int, enough: float, trained: bool) -> Race:
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
     layers: dict[str, nn.Module] = {_DENSE: nn.Linear(width, width, bias=False)}
     layers |= {
         f"Monarch, {blocks} blocks": MonarchLinear(width, width, bias=False, nblocks=blocks) for blocks in _BLOCKS
     }
-    calls = max(1, round(_ENOUGH / (width**2 * rows)))
+    calls = max(1, round(enough / (width**2 * rows)))
     cases = [
         Case(
             label,
