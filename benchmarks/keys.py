@@ -147,10 +147,10 @@ def _planar(table: Tensor) -> Tensor:
 class Decoding:
     """One token's attention in every way, on layers that take turns."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, cold: int = _COLD) -> None:
         self.shape = shape
         bytes_of_layer = 8 * shape.context * shape.groups * shape.width
-        self.layers = [Layer(shape, seed) for seed in range(max(2, -(-_COLD // bytes_of_layer)))]
+        self.layers = [Layer(shape, seed) for seed in range(max(2, -(-cold // bytes_of_layer)))]
         self.queries = torch.randn(1, shape.heads, 1, shape.width, generator=torch.Generator().manual_seed(99))
         self.scaling = shape.width**-0.5
         self.budget = KeyBudget(share=_SHARE, sinks=_SINKS, recent=_RECENT)
@@ -217,9 +217,9 @@ class Decoding:
         return choose_chunks(self._asked, layer.landmarks, layer.candidates, count, self.scaling)
 
 
-def _layer_plan(title: str, shape: Shape) -> RacePlan:
+def _layer_plan(title: str, shape: Shape, cold: int = _COLD) -> RacePlan:
     def build() -> Race:
-        decoding = Decoding(shape)
+        decoding = Decoding(shape, cold)
 
         def case(label: str, way: Callable[[Layer], Tensor], includes: str) -> Case:
             for layer in decoding.layers:  # side tables are made before the first measurement
@@ -255,7 +255,7 @@ def _layer_plan(title: str, shape: Shape) -> RacePlan:
 def plans(smoke: bool) -> Sequence[RacePlan]:
     """One layer of SmolLM2's shape and one of an 8B model's, by context length."""
     if smoke:
-        return [_layer_plan("smoke", Shape(256, 6, 2, 16, 4, 8))]
+        return [_layer_plan("smoke", Shape(256, 6, 2, 16, 4, 8), cold=0)]
     contexts = (8192, 16384, 32768)
     small = [_layer_plan(f"SmolLM2's shape, {each:,} tokens", Shape(each, 9, 3, 64, 16, 30)) for each in contexts]
     large = [_layer_plan(f"an 8B shape, {each:,} tokens", Shape(each, 32, 8, 128, 32, 160)) for each in contexts]

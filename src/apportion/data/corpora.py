@@ -10,7 +10,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Corpus:
         self._read = read
 
     def __iter__(self) -> Iterator[Document]:
-        """Read the documents one after another; none is kept.
+        """Read the documents one after another; but for docstrings of installed packages none is kept.
 
         Raises:
             InputError: a file cannot be read or is not text, or there is no text at all.
@@ -187,7 +187,14 @@ def _mixed(sources: list[tuple[str, Callable[[], Iterable[Document]]]]) -> Itera
     return (read for _, read in sorted(sources, key=lambda source: hashlib.sha256(source[0].encode()).digest()))
 
 
-def _docstrings(name: str, path: Path) -> Iterator[Document]:
+# Kept once read: parsing all files takes seconds, and a run reads the corpus for its fingerprint and for its text. What
+# is kept is some ten megabytes.
+@cache
+def _docstrings(name: str, path: Path) -> tuple[Document, ...]:
+    return tuple(_read_docstrings(name, path))
+
+
+def _read_docstrings(name: str, path: Path) -> Iterator[Document]:
     try:
         with warnings.catch_warnings():
             # Other people's invalid escape sequences are not this program's to report.
