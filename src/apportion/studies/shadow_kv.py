@@ -291,11 +291,12 @@ def _on_layers(trace: Trace, methods: Mapping[str, MakeComposed], size: _Size) -
                 short = part_of(step, 0, prompt + size.queries)
                 weights = exact_weights(short, prompt)
                 exact = attend(short.queries[:, :, prompt:], short.keys, short.values, short.scaling, short.softcap)
+                before, after = part_of(short, 0, prompt), part_of(short, prompt, prompt + size.queries)
                 for name, make in methods.items():
                     memory = make(trace.facts[layer])
-                    memory.take_in(part_of(short, 0, prompt))
+                    memory.take_in(before)
                     memory.close()
-                    out = memory.attend(part_of(short, prompt, prompt + size.queries))
+                    out = memory.attend(after)
                     selection = memory.newest_selection
                     assert selection is not None
                     read = selection.mask(short.new)
