@@ -11,9 +11,9 @@ from apportion.data.tasks import cache_suite
 from apportion.data.tasks.cache_suite import SUITE, task_named
 from apportion.data.tasks.global_information import LABELS, common_words, frequent_words, many_shot, math_find
 from apportion.data.tasks.metrics import METRICS, functions_of, metric_score
-from apportion.data.tasks.mixed_tasks import needles_and_pairs
+from apportion.data.tasks.mixed_tasks import functions_and_pairs, needles_and_pairs
 from apportion.data.tasks.repo_qa import repo_qa, short_functions
-from apportion.data.tasks.shared_context import SharedContext, Turn, needles
+from apportion.data.tasks.shared_context import SharedContext, Turn, many_values, needles
 from apportion.data.tasks.string_retrieval import key_value, prefix_suffix
 from apportion.data.tasks.variable_tracking import variable_tracking
 from apportion.errors import InputError
@@ -94,6 +94,20 @@ def read_label(context: str, question: str) -> str:
     return label
 
 
+def read_values(context: str, question: str) -> str:
+    key = re.findall(r"numbers for (\w+) are", question)[0]
+    found = re.findall(rf"One of the special magic numbers for {key} is (\d{{4}})\.", context)
+    assert len(set(found)) == 3
+    return " ".join(found)
+
+
+def read_function_or_comment(context: str, question: str) -> str:
+    if "The function" in question:
+        return read_function(context, question)
+    assert re.search(rf"^{re.escape(question[1:])} \d{{4}}\.$", context, re.MULTILINE)
+    return read_sentence(context, question.removeprefix("\n#"))
+
+
 def read_function(context: str, question: str) -> str:
     said = re.findall(r'"(.*)"', question)[0]
     (found,) = [each for each in functions_of(context) if said in each]
@@ -113,6 +127,8 @@ READERS: dict[str, Callable[[str, str], str]] = {
     "repo_qa": read_function,
     "repo_names": read_function,
     "needles_and_pairs": read_needle,
+    "many_values": read_values,
+    "names_and_pairs": read_function_or_comment,
 }
 
 
@@ -148,6 +164,12 @@ def test_longer_contexts_are_longer() -> None:
 def test_the_parts_of_a_mixed_task_take_turns() -> None:
     turns = needles_and_pairs(1, filler=PROSE, words=80, turns=5, seed=0)[0].turns
     assert [turn.part for turn in turns] == ["needles", "pairs", "needles", "pairs", "needles"]
+    of_code = functions_and_pairs(1, functions=5, pairs=4, turns=4, seed=0)[0]
+    assert [turn.part for turn in of_code.turns] == ["functions", "pairs", "functions", "pairs"]
+    assert [turn.metric for turn in of_code.turns] == ["most_similar", "contained"] * 2
+    # Comments do not make a function longer.
+    assert sorted(map(len, functions_of(of_code.context)))[-1] <= max(map(len, short_functions().values()))
+    assert len(functions_of(of_code.context)) == 5
 
 
 def test_names_are_unique_when_there_are_many() -> None:
@@ -213,6 +235,11 @@ def test_an_unknown_metric_or_task_is_refused() -> None:
         (lambda: repo_qa(1, functions=10**4), "functions=10000"),
         (lambda: repo_qa(1, answer="number"), "answer='number'"),
         (lambda: needles_and_pairs(1, filler=PROSE, turns=9), "turns=9"),
+        (lambda: functions_and_pairs(1, functions=2, turns=6), "turns=6"),
+        (lambda: functions_and_pairs(1, pairs=200), "pairs=200"),
+        (lambda: functions_and_pairs(1, answer="number"), "answer='number'"),
+        (lambda: many_values(1, filler=PROSE, values=0), "values=0"),
+        (lambda: many_values(1, filler=PROSE, keys=2, turns=3), "turns=3"),
         (lambda: needles(1, filler=PROSE, words=10**6), "words=1000000"),
     ],
 )

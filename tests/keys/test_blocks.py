@@ -21,7 +21,9 @@ from apportion.keys.blocks import (
     blocks_there,
     pool_blocks,
 )
+from apportion.keys.stores import ExactStore
 from apportion.keys.trace import exact_weights, part_of
+from apportion.keys.vertical_slash import VerticalSlashBlocks
 from apportion.models.key_memory import LayerFacts
 from apportion.ops.attend import causal
 
@@ -30,6 +32,7 @@ SCORERS = {
     "mean-pooled": MeanPooledBlocks,
     "first and recent": FirstAndRecentBlocks,
     "random": RandomBlocks,
+    "columns and diagonals": VerticalSlashBlocks,
 }
 
 
@@ -206,3 +209,29 @@ def test_a_chunk_that_begins_within_a_block_leaves_no_query_with_nothing(make_st
 def test_rules_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BlockRule(**settings)
+
+
+@pytest.mark.parametrize(("new", "padding"), [(22, 0), (22, 5), (9, 0)])
+def test_columns_and_diagonals_are_those_of_the_last_queries(
+    make_step: Any, facts: LayerFacts, new: int, padding: int
+) -> None:
+    """Against loops over queries, keys and tiles, for a prompt in one piece and for a chunk."""
+    step, size, last = make_step(22, padding=padding), 4, 6
+    store = ExactStore()
+    store.append(step)
+    grid = BlockGrid(size, new, 22)
+    found = VerticalSlashBlocks(last).scores(part_of(step, 22 - new, 22), store, grid)
+    weights = exact_weights(step, 0)[:, :, -last:] / last
+    columns = torch.stack([each.sum((2, 3)) for each in weights.split(size, dim=3)], dim=-1)
+    for row, first in enumerate(range(22 - new, 22, size)):
+        for column in range(6):
+            of_tile = torch.zeros(2, 4)
+            for query in range(first, first + size):
+                for distance in (query - key for key in range(column * size, column * size + size)):
+                    for asking in range(last):
+                        key = 22 - last + asking - distance
+                        if distance >= 0 and key >= 0:
+                            of_tile += weights[:, :, asking, key] / size
+            torch.testing.assert_close(found[:, :, row, column], torch.maximum(columns[..., column], of_tile))
+    with pytest.raises(InputError, match="last=0"):
+        VerticalSlashBlocks(0)

@@ -7,7 +7,7 @@ import torch
 
 from apportion.data.tasks.shared_context import SharedContext, Turn
 from apportion.errors import InputError
-from apportion.keys import ComposedMemory, KeyBudget
+from apportion.keys import ComposedMemory, KeyBudget, branches
 from apportion.keys.branches import ask_all, go_on
 from apportion.keys.scoring import score_answers, score_continuation
 from apportion.keys.shadow_kv import ShadowKV
@@ -33,7 +33,9 @@ def test_a_context_read_once_is_gone_on_from_as_if_alone(tiny_llama: Path) -> No
     assert found["shadow"][1].share_read < 0.9
 
 
-def test_turns_are_asked_each_as_the_first(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("rows", [1, 6, 64])
+def test_turns_are_asked_each_as_the_first(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(branches, "_ROWS", rows)  # one method a pass, two, all
     lm = load(tiny_llama)
     turns = (Turn(" one is", " abc"), Turn(" three is", " def"), Turn(" two is", " g"))
     task = SharedContext("some words to go on from, and some more of them, until there are enough", turns)
@@ -48,8 +50,6 @@ def test_turns_are_asked_each_as_the_first(tiny_llama: Path) -> None:
 
 
 def test_a_context_that_is_cut_differently_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from apportion.keys import branches
-
     cuts = iter([[torch.arange(3, 5), torch.arange(2), torch.arange(2)], [torch.arange(4, 6)] * 3])
     monkeypatch.setattr(branches, "encode_parts", lambda *_: next(cuts))
     with pytest.raises(InputError, match="reaches into a question"):

@@ -112,6 +112,26 @@ def test_low_rank_keys_are_the_joint_fit_except_where_they_are_exact(make_step: 
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
+def test_stores_of_one_prompt_share_its_directions_and_nothing_else(make_step: Any) -> None:
+    step = make_step(40)
+    rules = [(2, ChunkRule(4, 1, 1)), (5, ChunkRule(4, 1, 1)), (5, ChunkRule(4, 3, 1)), (5, ChunkRule(2, 1, 2))]
+    for given, pick, pieces in ((step, False, 1), (step, True, 1), (step, False, 2)):
+        for rank, rule in rules:
+            read = []
+            # One that shares with all before it, and one with a prompt of its own.
+            for own in (given, dataclasses.replace(given)):
+                store = PromptSVDStore(rank, rule, lambda table: False)
+                for piece in range(pieces):
+                    store.append(part_of(own, 20 * piece, 20 * piece + 20) if pieces > 1 else own)
+                if pick:
+                    store.pick_rows(torch.tensor([1, 0, 0]))
+                store.close()
+                read += [store.read()]
+            for one, other in zip(*read, strict=True):
+                torch.testing.assert_close(one, other)
+    assert sorted(end for _, end in step.derived) == [28, 36, 38]
+
+
 @pytest.mark.parametrize("padding", [0, 5])
 def test_chunks_are_those_of_an_explicit_loop(make_step: Any, padding: int) -> None:
     step = make_step(47, padding=padding)

@@ -1,7 +1,8 @@
 """What many methods make of one context that was read once: logits, answers, and what reading cost.
 
 Most of the work of a comparison is the dense prefill, the same for every method that leaves it dense. It is done once
-(`Fan`); each method takes its keys and values in, closes, and goes on by itself.
+(`Fan`); each method takes its keys and values in and closes. What follows goes through the model as rows of one batch
+(`SideBySide`): a few tokens at a time leave most of a processor idle, those of all methods together do not.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,13 @@ from apportion.errors import InputError
 from apportion.keys.budget import Usage
 from apportion.keys.memory import MakeComposed
 from apportion.keys.scoring import Answered, encode_parts, exact_and_nll
-from apportion.keys.shared_prompt import Fan, usage_of
+from apportion.keys.shared_prompt import Fan
+from apportion.keys.side_by_side import SideBySide
 from apportion.models import LanguageModel
 from apportion.models.key_door import attend_with, close_prompt, memories_of, with_memories
+
+# Of one pass, at most: logits and copies of the caches should not fill the memory.
+_ROWS = 64
 
 
 @torch.no_grad()
@@ -26,6 +31,8 @@ def go_on(
     context: Int[Tensor, " context_tokens"],
     later: Int[Tensor, "rows later_tokens"],
     methods: Mapping[str, MakeComposed],
+    *,
+    keep: int = 0,
 ) -> Iterator[tuple[str, Float[Tensor, "rows later_tokens vocabulary"], Usage]]:
     """Read a context once, and let every method take in what follows it, in several ways at once.
 
@@ -38,19 +45,27 @@ def go_on(
         later: what each row goes on with.
         methods: names, and what makes a layer's memory; ``some_method.memory`` is one, `ComposedMemory` is dense
             attention.
+        keep: of how many of the last tokens the logits are wanted; 0 for all.
 
     Yields:
-        The method's name, the logits at every later token, and the cost of reading, over all layers and rows.
+        The method's name, the logits at every later token (or the last of them), and the cost of reading, over all
+        layers and rows.
     """
-    rows = torch.zeros(len(later), dtype=torch.long, device=later.device)
+    many = len(later)
     with attend_with(model, lambda facts: Fan(facts, [make(facts) for make in methods.values()])):
         prompt = model.model(context[None], use_cache=True, logits_to_keep=1).past_key_values
-        for place, name in enumerate(methods):
-            own = with_memories(prompt, [fan.made[place] for fan in memories_of(prompt) if isinstance(fan, Fan)])
+        fans = [fan for fan in memories_of(prompt) if isinstance(fan, Fan)]
+        for places in torch.arange(len(methods)).split(max(1, _ROWS // many)):
+            own = with_memories(prompt, [SideBySide([fan.made[place] for place in places]) for fan in fans])
             close_prompt(own)
-            own.batch_select_indices(rows)
-            logits = model.model(later, past_key_values=own).logits
-            yield name, logits, usage_of(own)
+            if many > 1:
+                rows = torch.zeros(many, dtype=torch.long, device=later.device)
+                for memory in (fan.made[place] for fan in fans for place in places):
+                    memory.pick_rows(rows)
+            repeated = later.repeat(len(places), 1)
+            logits = model.model(repeated, past_key_values=own, logits_to_keep=keep).logits
+            for place, of_method in zip(places, logits.split(many), strict=True):
+                yield list(methods)[place], of_method, Usage.total(fan.made[place].usage for fan in fans)
 
 
 def ask_all(
@@ -76,10 +91,12 @@ def ask_all(
     rows = [torch.cat([question, answer])[:-1] for _, question, answer in parts]
     # Shorter rows are filled up at the end, where no query of theirs that counts sees it: the context is read once.
     later = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(rows[0][-1]))
+    # What comes before the first answer is not asked for.
+    passed = min(len(question) for _, question, _ in parts) - 1
     found: dict[str, list[Answered]] = {}
-    for name, logits, usage in go_on(model, context, later, methods):
+    for name, logits, usage in go_on(model, context, later, methods, keep=later.shape[1] - passed):
         found[name] = []
         for place, (_, question, answer) in enumerate(parts):
-            row = logits[place, len(question) - 1 : len(rows[place])]
+            row = logits[place, len(question) - 1 - passed : len(rows[place]) - passed]
             found[name].append(Answered(*exact_and_nll(row, answer), place, usage))
     return found

@@ -107,14 +107,50 @@ class CompressedStore(Store):
             return (keys, values) if tokens is None else (gather_tokens(keys, tokens), gather_tokens(values, tokens))
         return self._read_all() if tokens is None else self._read_some(tokens)
 
+    def read_each(
+        self,
+        new: int,
+        keys: Float[Tensor, "batch groups exact key_width"],
+        values: Float[Tensor, "batch groups exact width"],
+    ) -> tuple[
+        Float[Tensor, "batch groups read key_width"],
+        Float[Tensor, "batch groups read value_width"],
+        Bool[Tensor, "batch 1 new read"],
+    ]:
+        """What the newest tokens read if each came alone, after all of them were appended; for a sliding window.
+
+        Afterwards as many are exact as if the last had come alone.
+
+        Args:
+            new: how many they are.
+            keys: exact ones, oldest first: those that were exact before these tokens came, then theirs.
+            values: likewise.
+
+        Returns:
+            Keys and values as `read` gives them, some tokens once from codes and once exact; which each query reads.
+        """
+        size, device = max(self.window.size, 1), keys.device
+        old = max(self.length - size, 0)
+        from_codes, exact = torch.arange(old), torch.arange(self.length - keys.shape[2], self.length)
+        asking = torch.arange(self.length - new, self.length)[:, None]
+        within = torch.cat([from_codes <= asking - size, (exact > asking - size) & (exact <= asking)], dim=1)
+        real = self.real[:, torch.cat([from_codes, exact]).to(device)]
+        self._keep_newest(self.window.exact(self.length, 1))
+        return *self._beside(old, keys, values), within.to(device) & real[:, None, None]
+
     def _read_all(self) -> tuple[Tensor, Tensor]:
-        old = self.length - self.exact
+        return self._beside(self.length - self.exact, self.keys.view, self.values.view)
+
+    def _beside(self, old: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The oldest tokens rebuilt from their codes, and exact ones after them."""
         rebuilt = self._by_heads(self.factors["keys"].decode(self.codes["keys"].view[:, :old]))
         if self._rotations.all is not None:
             rebuilt = self._rotations.all.at(slice(0, old)).apply(rebuilt)
         codes = self.codes["values"].view[:, None, :old].expand(-1, self._groups, -1, -1)
-        values = torch.cat([self._two_parts(code=codes), self._two_parts(value=self._beyond_bias())], dim=2)
-        return torch.cat([rebuilt, self.keys.view], dim=2), values
+        beyond = self._beyond_bias(values)
+        return torch.cat([rebuilt, keys], dim=2), torch.cat(
+            [self._two_parts(code=codes), self._two_parts(value=beyond)], dim=2
+        )
 
     def _read_some(self, tokens: Int[Tensor, "batch groups kept"]) -> tuple[Tensor, Tensor]:
         old = self.length - self.exact
@@ -124,7 +160,7 @@ class CompressedStore(Store):
             return gather_tokens(keys, tokens), gather_tokens(values, tokens)
         recent = (tokens >= old)[..., None]
         place = (tokens - old).clamp(min=0)
-        keys, values = (gather_tokens(each, place) for each in (self.keys.view, self._beyond_bias()))
+        keys, values = (gather_tokens(each, place) for each in (self.keys.view, self._beyond_bias(self.values.view)))
         of_keys, of_values = (
             gather_tokens(self.codes[part].view[:, None].expand(-1, self._groups, -1, -1), tokens) for part in PARTS
         )
@@ -178,9 +214,10 @@ class CompressedStore(Store):
     def _by_group(self, up: Float[Tensor, "rank joint"]) -> Float[Tensor, "groups rank width"]:
         return up.unflatten(-1, (self._groups, -1)).transpose(0, 1)
 
-    def _beyond_bias(self) -> Float[Tensor, "batch groups tokens width"]:
-        bias = self.factors["values"].bias.unflatten(0, (self._groups, -1))[:, None]
-        return self.values.view - bias
+    def _beyond_bias(
+        self, values: Float[Tensor, "batch groups tokens width"]
+    ) -> Float[Tensor, "batch groups tokens width"]:
+        return values - self.factors["values"].bias.unflatten(0, (self._groups, -1))[:, None]
 
     def _two_parts(self, code: Tensor | None = None, value: Tensor | None = None) -> Tensor:
         """A code and no value, or a value and no code."""

@@ -7,6 +7,7 @@ the end of the prompt, and every later token.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,6 +64,8 @@ class PromptSVDStore(ChunkedStore):
         # Before closing: everything; afterwards what came after the chunks.
         self._keys, self._values, self._real = Growing(2), Growing(2), Growing(1)
         self._rotations = Rotations()
+        # Of a prompt that came in one step: what other stores have found of it.
+        self._derived: dict[Any, Tensor] | None = None
         self._later: list[Rotation | None] = []
         self._compressed: _Compressed | None = None
         self.residual, self.refits = 0.0, 0
@@ -90,6 +93,7 @@ class PromptSVDStore(ChunkedStore):
 
     @override
     def append(self, step: Step) -> None:
+        self._derived = None if self.length else step.derived
         self._keys.append(step.keys)
         self._values.append(step.values)
         self._real.append(step.real)
@@ -109,7 +113,7 @@ class PromptSVDStore(ChunkedStore):
             self._rotations = Rotations()
             return
         rows = self._flat(keys[:, :, :end], 0)
-        basis = principal_directions(rows, self._rank)
+        basis = self._principal_directions(rows)
         outlier_tokens = table.tokens(table.outliers)
         values = self._values.view
         kept = (SlowTokens if self._offload else KeptTokens)(values[:, :, :end].clone())
@@ -219,6 +223,7 @@ class PromptSVDStore(ChunkedStore):
 
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        self._derived = None
         for each in (self._keys, self._values, self._real, self._rotations):
             each.pick_rows(rows)
         self._later = [None if each is None else each.rows(rows) for each in self._later]
@@ -265,6 +270,16 @@ class PromptSVDStore(ChunkedStore):
         turned = self._rotations.all
         rows = keys.float() if turned is None else turned.at(here).undo(keys.float())
         return rows.transpose(1, 2).flatten(2) * self.real[:, here, None]
+
+    def _principal_directions(self, rows: Float[Tensor, "batch end all"]) -> Float[Tensor, "batch all rank"]:
+        """Of the prompt's keys, found once for all stores of the same prompt that end alike, whatever their ranks."""
+        known, self._derived = self._derived, None
+        if known is None:
+            return principal_directions(rows, self._rank)
+        name = ("principal directions of keys", rows.shape[1])
+        if name not in known:
+            known[name] = principal_directions(rows, rows.shape[2])
+        return known[name][..., : self._rank]
 
     def _cut(self, count: int) -> None:
         """Drop the oldest exact tokens, which are kept elsewhere now."""

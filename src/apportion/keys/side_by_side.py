@@ -81,6 +81,7 @@ def read_on(
     methods: Mapping[str, MakeComposed],
     *,
     turn: int = 1,
+    stride: int = 1,
 ) -> dict[str, ReadOn]:
     """Read on after prompts under several methods at once.
 
@@ -90,16 +91,20 @@ def read_on(
         ids: what follows each prompt; predicted are all but the first.
         methods: names, and what makes a layer's memory: `ComposedMemory` itself for dense attention, or a method's
             ``memory``. Each makes new ones.
-        turn: how many of the tokens come at once, as a question would; the others come one by one.
+        turn: how many of the tokens come at once, as a question would; the others come after it.
+        stride: how many of these go through the model in one pass. Above 1 only memories that read as token by token in
+            a pass of several give the same: those whose queries choose for themselves, and `OneByOne`.
 
     Raises:
-        InputError: prompts of different lengths or of another number than texts; a turn that leaves nothing; a model
-            with layers that remember in other ways.
+        InputError: prompts of different lengths or of another number than texts; a turn that leaves nothing; a stride
+            below 1; a model with layers that remember in other ways.
     """
     if len(prompts.facts) != next(iter(prompts.facts.values())).layers:
         raise InputError("the trace lacks layers: give one of all layers, of a model all of whose layers are in it")
     if not 1 <= turn < ids.shape[1]:
         raise InputError(f"turn={turn}: at least 1, and less than the {ids.shape[1]} tokens that follow")
+    if stride < 1:
+        raise InputError(f"stride={stride}: at least 1")
     memories = {layer: [make(facts) for make in methods.values()] for layer, facts in prompts.facts.items()}
     for layer, of_layer in memories.items():
         whole = joined(prompts.steps[layer])
@@ -113,7 +118,7 @@ def read_on(
     hit: list[Tensor] = []
     cache = None
     with attend_with(model, lambda facts: SideBySide(memories[facts.layer])):
-        for part in rows[:, :-1].split([turn] + [1] * (ids.shape[1] - 1 - turn), dim=1):
+        for part in (rows[:, :turn], *rows[:, turn:-1].split(stride, dim=1)):
             out = model.model(part, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             start = sum(each.shape[1] for each in nll)

@@ -98,6 +98,8 @@ class Step:
         rotation: what queries and keys were rotated by; None for a model without rotary embedding.
         hidden: what the layer's projections were given; None where the layer does not say.
         module: the attention module, for methods of other libraries that want one; None where a step was made up.
+        derived: what memories that are given the same step have found of it, by names of their own, so that several of
+            them need not each find it; it must follow from the step alone.
     """
 
     queries: Float[Tensor, "batch heads new width"]
@@ -109,6 +111,7 @@ class Step:
     rotation: Rotation | None = None
     hidden: Float[Tensor, "batch new d_model"] | None = None
     module: Any = None
+    derived: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def new(self) -> int:

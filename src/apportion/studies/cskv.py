@@ -44,6 +44,7 @@ from apportion.keys.low_rank import (
     relative_error,
 )
 from apportion.keys.memory import MakeComposed
+from apportion.keys.one_by_one import one_by_one
 from apportion.keys.quantising import quantisers
 from apportion.keys.reconstruction import Batch, LayerReconstructions, Reconstruction, batch_of, train_factors
 from apportion.keys.scoring import encode_parts
@@ -296,6 +297,8 @@ class _Fitted:
         return trained
 
 
+# Tokens of each text in one pass: more give no time, and their logits take memory.
+_STRIDE = 28
 # The pilot's; the paper's 5e-5 is for a thousand steps of a larger model.
 _RATE = 5e-4
 
@@ -371,10 +374,10 @@ def _reading_on(
 ) -> dict[str, dict[str, float]]:
     makers: dict[str, MakeComposed] = {"plain cache": ComposedMemory}
     for arm in _ARMS:
-        makers[arm.label] = fitted.method(arm).memory
+        makers[arm.label] = partial(one_by_one, fitted.method(arm))
     if size.end_to_end_training:
         makers |= _trained_arms(lm, fitted)
-    found = read_on(lm, prompts, later, makers)
+    found = read_on(lm, prompts, later, makers, stride=_STRIDE)
     dense = found["plain cache"]
     figures = {"reading on: plain cache": {"NLL": float(dense.nll.mean())}}
     for name, each in found.items():
@@ -395,7 +398,7 @@ def _trained_arms(lm: LanguageModel, fitted: _Fitted) -> dict[str, MakeComposed]
         arm = replace(_AT_60, name=f"{name}, trained" + (" through 4 bits" if bits else ""), bits=bits)
         method = CSKV(arm.key_density, arm.value_density, arm.window, bits=bits)
         method.take(fitted.train(name, layers, densities, bits=bits), lm)
-        makers[arm.label] = method.memory
+        makers[arm.label] = partial(one_by_one, method)
     return makers
 
 
@@ -407,7 +410,7 @@ def _needles(lm: LanguageModel, fitted: _Fitted, tasks: list[SharedContext]) -> 
         return ComposedMemory(facts, selector=SinksAndRecent(KeyBudget(keys=68, sinks=4, recent=64)))
 
     makers: dict[str, MakeComposed] = {"plain cache": ComposedMemory}
-    makers |= {arm.label: fitted.method(arm).memory for arm in _NEEDLE_ARMS}
+    makers |= {arm.label: partial(one_by_one, fitted.method(arm), turn=True) for arm in _NEEDLE_ARMS}
     makers["4 sinks and 64 recent keys"] = recent
     right: dict[str, list[float]] = defaultdict(list)
     nll: dict[str, list[float]] = defaultdict(list)
@@ -415,7 +418,8 @@ def _needles(lm: LanguageModel, fitted: _Fitted, tasks: list[SharedContext]) -> 
         turn = task.turns[0]
         context, question, answer = encode_parts(lm, [task.context, turn.question, turn.answer])
         prompt = record_tokens(lm, [context], hidden=True)
-        found = read_on(lm, prompt, torch.cat([question, answer])[None], makers, turn=len(question))
+        asked = torch.cat([question, answer])[None]
+        found = read_on(lm, prompt, asked, makers, turn=len(question), stride=_STRIDE)
         for name, each in found.items():
             right[name].append(float(each.hit[:, -len(answer) :].all()))
             nll[name].append(float(each.nll[:, -len(answer) :].mean()))
@@ -528,8 +532,9 @@ def _notes(size: _Size, measured: Measured) -> list[str]:
     return [
         f"{size.model}, {size.text}: a seed has {size.calibration} calibration texts of {size.length} tokens and "
         f"{size.texts} others to judge on, all of different documents. Nothing was tuned.",
-        f"Reading on: prompts of {size.prefix} tokens, then {size.later - 1} scored tokens that come one by one, all "
-        "methods side by side in one batch; differences are between the same tokens.",
+        f"Reading on: prompts of {size.prefix} tokens, then {size.later - 1} scored tokens that come one by one, "
+        "computed together (each under the mask that it has alone), all methods side by side in one batch; differences "
+        "are between the same tokens.",
         f"Channels are what is equal; bytes held include the exact window and this layer's share of the rotations: "
         f"{at_60:.2f} of a plain cache's at 60 % of channels gone, {at_80:.2f} at 80 %, since the window is much of so "
         "short a context. Factors count as weights of the model.",

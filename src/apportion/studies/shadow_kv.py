@@ -43,6 +43,7 @@ from apportion.studies.shadow_kv_methods import (
     BESIDE,
     EACH,
     MORE,
+    MORE_PART,
     OPTIONS,
     OURS,
     PAGES,
@@ -228,11 +229,21 @@ class _Trials:
                         del at[elsewhere]
                     ours = OPTIONS[OURS][chosen[where][OURS]]
                     at[BESIDE] = partial(ours, keys, counted="selected")
-                    at[MORE] = partial(ours, keys, part=MORE.partition(", ")[2])
+                    at[MORE] = partial(ours, keys, part=MORE_PART)
                     methods |= {f"{where}: {name}": make for name, make in at.items()}
                     if number < size.apart and share == size.shares[0]:
                         methods |= taken_apart(where, keys, chosen[where][OURS])
-                for name, answers in ask_all(self.lm, task, methods).items():
+                found = ask_all(self.lm, task, methods)
+                if number < size.apart:
+                    # What is set beside the parts was asked the same already.
+                    where = _cell(words, size.shares[0])
+                    for part, name in (
+                        ("dense", f"needles, {words} words: dense"),
+                        (OURS, f"{where}: {OURS}"),
+                        (MORE_PART, f"{where}: {MORE}"),
+                    ):
+                        found[f"{where}, {APART}: {part}"] = found[name]
+                for name, answers in found.items():
                     scores[name]["exact match"] += [float(each.exact) for each in answers]
                     scores[name]["answer NLL"] += [each.nll for each in answers]
                     usage = answers[0].usage
@@ -291,11 +302,12 @@ def _on_layers(trace: Trace, methods: Mapping[str, MakeComposed], size: _Size) -
                 short = part_of(step, 0, prompt + size.queries)
                 weights = exact_weights(short, prompt)
                 exact = attend(short.queries[:, :, prompt:], short.keys, short.values, short.scaling, short.softcap)
+                before, after = part_of(short, 0, prompt), part_of(short, prompt, prompt + size.queries)
                 for name, make in methods.items():
                     memory = make(trace.facts[layer])
-                    memory.take_in(part_of(short, 0, prompt))
+                    memory.take_in(before)
                     memory.close()
-                    out = memory.attend(part_of(short, prompt, prompt + size.queries))
+                    out = memory.attend(after)
                     selection = memory.newest_selection
                     assert selection is not None
                     read = selection.mask(short.new)

@@ -14,7 +14,8 @@ from apportion.studies.shadow_kv_loss import PARTS, with_part
 
 OURS, BARE, PAGES, WINDOW = "ShadowKV", "ShadowKV without outliers", "page bounds (Quest)", "sinks and recent"
 EACH, APART = "oracle of each head", "taken apart"
-BESIDE, MORE = "ShadowKV, all but chunks on top", "ShadowKV, rank 60 of 192"
+MORE_PART = "rank 60 of 192"
+BESIDE, MORE = f"{OURS}, all but chunks on top", f"{OURS}, {MORE_PART}"
 MakeAt = Callable[..., ComposedMemory]
 """Given a number of keys and a layer; ShadowKV's also what its budget counts, and which part of it is replaced."""
 
@@ -87,7 +88,6 @@ def least(losses: Mapping[str, float]) -> dict[str, str]:
 
 
 def taken_apart(where: str, keys: int, setting: str) -> dict[str, MakeComposed]:
-    """ShadowKV with one part replaced after the other, and as it is on the same contexts."""
+    """ShadowKV with one part replaced after the other, but for what is among the methods in any case."""
     make = OPTIONS[OURS][setting]
-    parts: dict[str, MakeComposed] = {part: partial(make, keys, part=part) for part in (OURS, *PARTS)}
-    return {f"{where}, {APART}: {part}": way for part, way in {"dense": ComposedMemory, **parts}.items()}
+    return {f"{where}, {APART}: {part}": partial(make, keys, part=part) for part in PARTS if part != MORE_PART}

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from apportion.data.corpora import corpus
 from apportion.data.tasks.global_information import common_words, frequent_words, many_shot, math_find
-from apportion.data.tasks.mixed_tasks import needles_and_pairs
+from apportion.data.tasks.mixed_tasks import functions_and_pairs, needles_and_pairs
 from apportion.data.tasks.repo_qa import repo_qa
-from apportion.data.tasks.shared_context import SharedContext, needles
+from apportion.data.tasks.shared_context import SharedContext, many_values, needles
 from apportion.data.tasks.string_retrieval import key_value, prefix_suffix
 from apportion.data.tasks.variable_tracking import variable_tracking
 from apportion.errors import InputError
@@ -47,6 +47,13 @@ SUITE: dict[str, CacheTask] = {
         ),
         12,
         "numbers told in prose",
+    ),
+    "many_values": CacheTask(
+        lambda count, words, turns, seed: many_values(
+            count, filler=prose(), words=words, keys=max(2, turns), turns=turns, seed=seed
+        ),
+        24,
+        "all numbers of a key, told in prose",
     ),
     "key_value": CacheTask(
         lambda count, words, turns, seed: key_value(count, pairs=max(turns, words // 7), turns=turns, seed=seed),
@@ -122,6 +129,18 @@ SUITE: dict[str, CacheTask] = {
         ),
         12,
         "needles in prose and keys in sentences, by turns",
+    ),
+    "names_and_pairs": CacheTask(
+        lambda count, words, turns, seed: functions_and_pairs(
+            count,
+            functions=max(turns, words // 40),
+            pairs=min(60, max(turns, words // 28)),
+            turns=turns,
+            answer="name",
+            seed=seed,
+        ),
+        12,
+        "names of functions and keys in comments, by turns",
     ),
 }
 

@@ -13,6 +13,7 @@ from apportion.data.corpora import python_files, standard_library
 from apportion.data.tasks.shared_context import SharedContext, Turn
 from apportion.errors import InputError
 
+ANSWERS = ("source", "name")
 _MODULES = (
     *("ast", "bisect", "calendar", "colorsys", "configparser", "copy", "csv", "difflib", "dis", "fnmatch"),
     *("fractions", "functools", "glob", "heapq", "inspect", "ipaddress", "linecache", "mailbox", "mimetypes", "ntpath"),
@@ -40,15 +41,15 @@ def repo_qa(
     known = short_functions()
     if not 1 <= turns <= functions <= len(known):
         raise InputError(f"turns={turns}, functions={functions}: 1 <= turns <= functions <= {len(known)}")
-    if answer not in ("source", "name"):
-        raise InputError(f"answer={answer!r}: source or name")
+    if answer not in ANSWERS:
+        raise InputError(f"answer={answer!r}: {' or '.join(ANSWERS)}")
     draws = random.Random(f"repo_qa {seed}")
     made = []
     for _ in range(count):
         chosen = draws.sample(sorted(known), functions)
         context = "\n\n\n".join(known[each] for each in chosen) + "\n\n\n"
         asked = draws.sample(chosen, turns)
-        made.append(SharedContext(context, tuple(_turn(each, known[each], answer) for each in asked)))
+        made.append(SharedContext(context, tuple(function_turn(each, known[each], answer) for each in asked)))
     return made
 
 
@@ -82,9 +83,10 @@ def _source(source: str, node: ast.FunctionDef) -> str:
     return textwrap.dedent("\n".join(lines)).strip()
 
 
-def _turn(said: str, text: str, answer: str) -> Turn:
+def function_turn(said: str, text: str, answer: str, part: str = "") -> Turn:
+    """The question for a function, or for its name, by the first line of its docstring."""
     asks = f'# The function whose docstring says "{said}"'
     if answer == "name":
         name = text.removeprefix("def ").partition("(")[0]
-        return Turn(f"\n{asks} is called", f" {name}")
-    return Turn(f"\n{asks}:\n", f"{text}\n\n", "most_similar")
+        return Turn(f"\n{asks} is called", f" {name}", part=part)
+    return Turn(f"\n{asks}:\n", f"{text}\n\n", "most_similar", part)

@@ -142,6 +142,53 @@ def needles(
     return made
 
 
+def many_values(
+    count: int,
+    *,
+    filler: Sequence[str],
+    words: int = 600,
+    keys: int = 2,
+    values: int = 3,
+    turns: int = 1,
+    seed: int = 0,
+) -> list[SharedContext]:
+    """Contexts of prose with "One of the special magic numbers for KEY is NUMBER."; turns ask for all of a key.
+
+    RULER's needles of several values (Hsieh and others, 2024, arXiv 2404.06654). The answer has them as they come.
+
+    Args:
+        count: how many contexts.
+        filler: texts to take the prose from.
+        words: of prose in each, roughly.
+        keys: in each.
+        values: numbers of each key.
+        turns: questions about each, all for different keys.
+        seed: of the draws.
+
+    Raises:
+        InputError: more turns than keys, more keys than there are words for them, no values; too little prose.
+    """
+    if not 1 <= turns <= keys <= len(KEYS) or not 1 <= values <= 9000 // keys:
+        raise InputError(
+            f"turns={turns}, keys={keys}, values={values}: 1 <= turns <= keys <= {len(KEYS)}, values at least 1, and "
+            "9000 numbers for all"
+        )
+    draws = random.Random(f"many_values {seed}")
+    made = []
+    for _ in range(count):
+        sentences, chosen = some_sentences(draws, filler, words), draws.sample(KEYS, keys)
+        numbers = [str(number) for number in draws.sample(range(1000, 10000), keys * values)]
+        told = list(zip(chosen * values, numbers, strict=True))
+        draws.shuffle(told)
+        hidden = [f"One of the special magic numbers for {key} is {number}." for key, number in told]
+        pairs = []
+        for asked in draws.sample(chosen, turns):
+            answer = " ".join(number for key, number in told if key == asked)
+            pairs.append(Turn(f" All the special magic numbers for {asked} are:", f" {answer}", metric="fraction"))
+        made.append(SharedContext(scattered(draws, sentences, hidden), tuple(pairs)))
+    return made
+
+
 def needle_sentence(key: str, number: str) -> str:
     """A needle."""
     return f"The special magic number for {key} is {number}."
