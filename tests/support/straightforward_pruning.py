@@ -7,7 +7,8 @@ every row is moved at once; nothing waits) instead of with a Cholesky factor and
     PYTHONPATH=src python tests/support/straightforward_pruning.py --method wanda --method sparsegpt
 
 prunes SmolLM2 both ways, for each of three choices of calibration windows, and prints a table of perplexities side by
-side (on one thread, a seed takes Wanda one to two minutes, SparseGPT five or six).
+side (on one thread, a seed takes Wanda one to two minutes, SparseGPT five). ``--jittered`` prints instead what the
+straightforward way gives for weights that were changed by a millionth: how far roundings alone carry a perplexity.
 """
 
 import argparse
@@ -227,6 +228,24 @@ def compared(lm: Any, text: Any, method: str, sparsity: float) -> Compared:
     )
 
 
+def jittered(lm: Any, text: Any, method: str, sparsity: float, share: float = 1e-6) -> float:
+    """The perplexity after straightforward pruning of weights that were changed at random, by a share of themselves.
+
+    Args: see `compared`.
+    """
+    from apportion.weights.pruned_checkpoint import read_windows
+
+    prune = {"wanda": wanda, "sparsegpt": sparsegpt}[method]
+    windows, draws = read_windows(lm, text), np.random.default_rng(0)
+
+    def prune_changed(weight: Array, inputs: Array) -> Array:
+        return prune(weight * (1 + share * draws.standard_normal(weight.shape)), inputs, sparsity)
+
+    other = copy.deepcopy(lm.model)
+    prune_in_place(other, other.model, windows.calibration, prune_changed)
+    return perplexity(other, windows.evaluation)
+
+
 def table(found: Sequence[Compared]) -> Iterator[str]:
     """Rows of a Markdown table, and what they come to."""
     for each in found:
@@ -256,15 +275,22 @@ def _main() -> None:
     parser.add_argument("--method", action="append", choices=("wanda", "sparsegpt"), required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jittered", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     lm = load(given.model)
+    texts = [Text("code", samples=8, context=256, evaluation_tokens=4000, seed=seed) for seed in given.seeds]
+    if given.jittered:
+        for method in given.method:
+            for text in texts:
+                value = jittered(lm, text, method, given.sparsity)
+                print(f"{method}, seed {text.seed}, weights jittered by a millionth: {value:.4f}", flush=True)
+        return
     found = []
     print("| method | seed | ours | straightforward float64 | difference | the same zeros: first layer / all |")
     print("|---|---|---|---|---|---|", flush=True)
     for method in given.method:
-        for seed in given.seeds:
-            text = Text("code", samples=8, context=256, evaluation_tokens=4000, seed=seed)
+        for text in texts:
             found.append(compared(lm, text, method, given.sparsity))
             print(next(table(found[-1:])), flush=True)
     for line in list(table(found))[len(found) :]:
