@@ -175,6 +175,8 @@ def test_a_plain_module_goes_there_and_back(tmp_path):
     assert isinstance(other[0], SparseLinear)
     x = torch.randn(3, 64)
     assert torch.equal(other.eval()(x), model.eval()(x))
+    with pytest.raises(InputError, match=r"without config\.json"):
+        load_compressed(tmp_path)
     with pytest.raises(InputError, match="into does not fit"):
         load_compressed(tmp_path, into=nn.Linear(3, 3))
 

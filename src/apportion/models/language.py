@@ -235,10 +235,7 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Langu
         return _from_pretrained(name, str(folder), number, place, local=True)
     path = Path(name).expanduser()
     if name and path.is_dir():
-        if not (path / "config.json").exists():
-            raise InputError(
-                f"model {name!r} is a folder without config.json: give one that transformers' save_pretrained wrote"
-            )
+        _check_configured(path)
         return _from_pretrained(name, str(path), number, place, local=True)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise InputError(f"model {name!r} is not a folder{_what_works()}")
@@ -270,9 +267,17 @@ def load_around(
         InputError: see `load`; the state dictionary does not fit.
     """
     place = device_named(device)
+    _check_configured(Path(folder))
     return _from_pretrained(
         str(folder), str(folder), _dtype(dtype, place), place, local=True, state_of=state_of, finish=finish
     )
+
+
+def _check_configured(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"model '{folder}' is a folder without config.json: give one that transformers' save_pretrained wrote"
+        )
 
 
 class _NotReadable(InputError):

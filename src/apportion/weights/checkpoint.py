@@ -137,7 +137,7 @@ def load_dense(folder: Path | str) -> dict[str, Tensor]:
 def load_compressed(
     folder: Path | str, dtype: str = "float32", device: str = "cpu", *, into: nn.Module | None = None
 ) -> Any:
-    """A model whose packed linear layers stay packed, and of which no more was ever in memory.
+    """A model whose packed linear layers stay packed; it is never in memory as a dense one.
 
     Args:
         folder: of `save_compressed`.
