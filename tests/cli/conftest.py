@@ -56,6 +56,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def pruned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder such as ``apportion prune`` leaves behind."""
+    from apportion.models import load
+    from apportion.models.saving import save_model
+    from apportion.weights import Unstructured, choose_masks, prunable
+
+    lm = load(tiny_llama)
+    layers = prunable(lm.model)
+    masks = choose_masks({each.name: each.matrix().abs() for each in layers}, Unstructured(0.6, "row"))
+    for each in layers:
+        each.set_matrix(each.matrix() * masks[each.name])
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    save_model(lm, folder)
+    return folder
+
+
 @pytest.fixture
 def typed(capfd: pytest.CaptureFixture[str]) -> Typed:
     """Type a command: ``typed("train", model, ...)``."""

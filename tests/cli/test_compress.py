@@ -26,6 +26,7 @@ def test_compress_there_generate_and_back(tiny_llama, typed, tmp_path):
     assert "bitmap" in out.out
     assert "times as much" in out.out
     assert "are zero; values are float32" in out.out
+    assert "Dense when it runs: model.embed_tokens.weight: its weight is tied to another" in out.out
 
     plain = typed("compress", tmp_path / "small", "--out", tmp_path / "plain", "--format", "dense", "--json").json
     assert plain["bytes"] == sum(each.stat().st_size for each in (tmp_path / "plain").glob("*.safetensors"))
@@ -60,6 +61,8 @@ def test_compress_answers_in_json(tiny_llama, typed, tmp_path):
     assert formats["bitmap"]["bytes"] < formats["csr"]["bytes"] < formats["dense"]["bytes"]
     assert formats["bitmap"]["chosen"] == 21
     assert sum(each["bytes"] for each in answer["weights"]) < answer["bytes"]
+    dense = {each["name"]: each["runs_dense"] for each in answer["weights"] if each["runs_dense"]}
+    assert dense == {"model.embed_tokens.weight": "its weight is tied to another module's"}
 
 
 def test_a_dense_model_gains_nothing_and_is_told_so(tiny_llama, typed, tmp_path):

@@ -4,23 +4,9 @@ import pytest
 import torch
 
 from apportion.models import load
-from apportion.models.saving import save_model
-from apportion.weights import Unstructured, choose_masks, prunable
+from apportion.weights import prunable
 
 SHORT = ("--context", "16", "--held-out", "4", "--steps", "6", "--batch-size", "2", "--learning-rate", "3e-3")
-
-
-@pytest.fixture(scope="module")
-def pruned(tiny_llama, tmp_path_factory):
-    """A folder such as ``apportion prune`` leaves behind."""
-    lm = load(tiny_llama)
-    layers = prunable(lm.model)
-    masks = choose_masks({each.name: each.matrix().abs() for each in layers}, Unstructured(0.6, "row"))
-    for each in layers:
-        each.set_matrix(each.matrix() * masks[each.name])
-    folder = tmp_path_factory.mktemp("pruned") / "model"
-    save_model(lm, folder)
-    return folder
 
 
 def zeros(folder):

@@ -15,7 +15,20 @@ from apportion.studies import (
     overall,
     run,
 )
+from apportion.studies.finding import Measured, collect_rows
 from apportion.studies.run import write_results
+
+
+def test_what_is_measured_is_collected_seed_by_seed():
+    measured = Measured()
+    measured.add({"dense": {"loss": 1.0}, "sparse": {"loss": 2.0, "zeros": 0.5}})
+    measured.add({"dense": {"loss": 3.0}})
+    assert measured == {"dense": {"loss": [1.0, 3.0]}, "sparse": {"loss": [2.0], "zeros": [0.5]}}
+    assert collect_rows(measured) == [
+        Row.of("dense", "loss", [1.0, 3.0]),
+        Row.of("sparse", "loss", [2.0]),
+        Row.of("sparse", "zeros", [0.5]),
+    ]
 
 
 @pytest.mark.parametrize(

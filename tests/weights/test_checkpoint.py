@@ -1,6 +1,10 @@
 """Packed checkpoints are smaller, and give back every bit: dense, packed, and by a plain reader without our code."""
 
+import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +25,9 @@ from apportion.weights.checkpoint import (
     to_transformers,
 )
 from apportion.weights.compression import compress
+from apportion.weights.layers import prunable
 from apportion.weights.sparse_linear import SparseLinear, bytes_by_format
+from tiny_families import tiny_model
 
 
 def prune(model: nn.Module, share: float = 0.8) -> None:
@@ -71,6 +77,77 @@ def test_what_was_packed_stays_packed(lm, tmp_path):
     assert (tmp_path / "a" / "packed.json").read_text() == (tmp_path / "b" / "packed.json").read_text()
 
 
+# Reads a checkpoint in a process of its own and prints by how many bytes its memory grew at the most.
+PEAK = """
+import sys, torch
+torch.set_num_threads(1)
+from apportion.models import load
+from apportion.weights.checkpoint import load_compressed
+def read(what):
+    line = next(each for each in open("/proc/self/status") if each.startswith(what))
+    return 1024 * int(line.split()[1])
+how = {"packed": load_compressed, "dense": load}[sys.argv[1]]
+how(sys.argv[2])  # a small one first: what is imported and made once
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # forgets the peak so far
+before = read("VmRSS")
+model = how(sys.argv[3])
+print(read("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_reading_takes_the_memory_of_the_packed_model(lm, tmp_path):
+    config = copy.deepcopy(lm.model.config)
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 512, 1536, 8
+    large = LanguageModel("large", type(lm.model)(config), lm.tokenizer)
+    with torch.no_grad():
+        for each in large.model.model.layers.modules():
+            if isinstance(each, nn.Linear):
+                each.weight.mul_(torch.rand_like(each.weight) < 0.1)
+    save_compressed(lm, tmp_path / "small")
+    saved = save_compressed(large, tmp_path / "large")
+    # With a fixed threshold the allocator gives each tensor back at once, or else peaks differ by what it retains.
+    surroundings = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    peak = {}
+    for how in ("packed", "dense"):
+        command = [sys.executable, "-c", PEAK, how, str(tmp_path / "small"), str(tmp_path / "large")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=surroundings)
+        peak[how] = int(done.stdout)
+    assert peak["dense"] > 0.9 * saved.dense_bytes
+    assert peak["packed"] < 2 * saved.bytes < 0.3 * saved.dense_bytes
+
+
+def test_the_report_says_what_runs_dense_and_why(lm, tmp_path):
+    with torch.no_grad():
+        lm.model.model.layers[0].mlp.up_proj.weight.fill_(1)
+    saved = save_compressed(lm, tmp_path)
+    module = load_compressed(tmp_path).model
+    for each in saved.weights:
+        packed = isinstance(module.get_submodule(each.name.removesuffix(".weight")), SparseLinear)
+        assert packed == (not each.runs_dense)
+    reasons = {each.name: each.runs_dense for each in saved.weights if each.runs_dense}
+    assert reasons == {
+        "model.embed_tokens.weight": "its weight is tied to another module's",
+        "model.layers.0.mlp.up_proj.weight": "no format makes it smaller",
+    }
+    gpt2 = LanguageModel("gpt2", copy.deepcopy(tiny_model("gpt2")), lm.tokenizer)
+    prune_all(gpt2)
+    found = {each.name: each for each in save_compressed(gpt2, tmp_path / "gpt2").weights}
+    assert found["transformer.h.0.mlp.c_fc.weight"].format == "bitmap"
+    assert found["transformer.h.0.mlp.c_fc.weight"].runs_dense == "it is of the kind Conv1D: only nn.Linear is packed"
+    assert found["transformer.wpe.weight"].runs_dense == "it is of the kind Embedding: only nn.Linear is packed"
+    again = load_compressed(tmp_path / "gpt2")
+    assert same(again.model.state_dict(), gpt2.model.state_dict())
+
+
+def prune_all(lm):
+    with torch.no_grad():
+        for each in prunable(lm.model):
+            each.set_matrix(each.matrix() * (torch.rand_like(each.matrix()) < 0.2))
+
+
 def test_tied_embeddings_are_stored_once(lm, tmp_path):
     save_compressed(lm, tmp_path)
     manifest = json.loads((tmp_path / "packed.json").read_text())
@@ -98,6 +175,8 @@ def test_a_plain_module_goes_there_and_back(tmp_path):
     assert isinstance(other[0], SparseLinear)
     x = torch.randn(3, 64)
     assert torch.equal(other.eval()(x), model.eval()(x))
+    with pytest.raises(InputError, match=r"without config\.json"):
+        load_compressed(tmp_path)
     with pytest.raises(InputError, match="into does not fit"):
         load_compressed(tmp_path, into=nn.Linear(3, 3))
 

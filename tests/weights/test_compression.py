@@ -1,5 +1,6 @@
 """Compressing swaps pruned layers for packed ones, and says what it did; decompressing is the way back."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from apportion.weights import compression as compressing
 from apportion.weights.compression import compress, decompress
 from apportion.weights.crossover import Crossover
 from apportion.weights.sparse_linear import SparseLinear
+from tiny_families import tiny_model
 
 
 def prune(model: nn.Module, share: float = 0.8) -> None:
@@ -67,6 +69,24 @@ def test_layers_with_few_zeros_and_formats_that_do_not_fit_stay_dense():
     decompress(model)
     assert "keeps to none of" in compress(model, "nm").layers[0].reason
     assert [each.format for each in compress(model, minimum_sparsity=0).layers] == ["bitmap", "bitmap"]
+
+
+def test_layers_of_other_kinds_are_listed_too():
+    lm = LanguageModel("gpt2", copy.deepcopy(tiny_model("gpt2")), None)
+    report = compress(lm)
+    kinds = {each.name: type(lm.model.get_submodule(each.name)).__name__ for each in report.layers}
+    own = {each.name: each for each in report.layers if kinds[each.name] == "Conv1D"}
+    assert len(own) == 4 * 3
+    assert {each.reason for each in own.values()} == {"it is of the kind Conv1D: only nn.Linear is packed"}
+    widening = own["transformer.h.0.mlp.c_fc"]
+    assert widening.shape == tuple(reversed(lm.model.transformer.h[0].mlp.c_fc.weight.shape))
+    assert widening.bytes == widening.dense_bytes == 4 * widening.shape[0] * widening.shape[1]
+    pictures = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 8))
+    layers = compress(pictures, minimum_sparsity=0).layers
+    assert [(each.shape, each.reason) for each in layers] == [
+        ((8, 27), "it is of the kind Conv2d: only nn.Linear is packed"),
+        ((8, 8), ""),
+    ]
 
 
 def test_what_is_measured_decides(monkeypatch):

@@ -14,9 +14,10 @@ from apportion.weights.one_shot import layers_by_block, prune_model
 from apportion.weights.one_shot_catalogue import CATALOGUE, one_shot_method
 from apportion.weights.one_shot_method import OneShotMethod, Pruned
 from apportion.weights.patterns import parse_pattern
+from apportion.weights.pruned_checkpoint import Text
 from apportion.weights.sparsegpt import SparseGPT
 from apportion.weights.wanda import Magnitude, Wanda
-from straightforward_pruning import prune_in_place, sparsegpt, wanda
+from straightforward_pruning import compared, prune_in_place, sparsegpt, table, wanda
 from tiny_families import CAUSAL, VOCABULARY, tiny_model
 
 HALF = Unstructured(0.5, "row")
@@ -56,11 +57,29 @@ def test_every_family_is_pruned_where_it_should_be(family):
 def test_a_model_is_pruned_like_the_straightforward_way_does(method, straightforward):
     own, other = model_of(), model_of()
     prune(own, method, batch_size=4)
-    prune_in_place(other.model, other.model.model.layers, texts(), lambda w, x: straightforward(w, x, 0.5))
+    prune_in_place(other.model, other.model.model, texts(), lambda w, x: straightforward(w, x, 0.5))
     held_out = texts(20, seed=3)
     ours, theirs = (float(each.loss_per_token(held_out).mean()) for each in (own, other))
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert ours != pytest.approx(float(model_of().loss_per_token(held_out).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_both_ways_are_compared_over_calibration_seeds(method, tiny_llama):
+    lm = load(tiny_llama)
+    before = {name: each.clone() for name, each in lm.model.state_dict().items()}
+    found = [compared(lm, Text("code", None, 4, 24, 200, seed), method, 0.5) for seed in (0, 1, 2)]
+    assert all(torch.equal(each, before[name]) for name, each in lm.model.state_dict().items())
+    assert len({each.dense for each in found}) == 1
+    assert len({each.ours for each in found}) == 3
+    for each in found:
+        assert abs(each.difference) < 0.02
+        assert each.ours != pytest.approx(each.dense, rel=1e-3)
+        assert each.same_first == 1
+        assert each.same_all > 0.95
+    rows = list(table(found))
+    assert rows[0].startswith(f"| {method} | 0 | {found[0].ours:.4f} | {found[0].straightforward:.4f} |")
+    assert "standard error" in rows[3]
 
 
 def test_each_block_sees_what_the_pruned_ones_before_it_put_out():

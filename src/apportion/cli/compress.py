@@ -93,6 +93,7 @@ def _content(model: str, out: Path, format: str, dtype: str, saved: "Saved") -> 
                 "bytes": each.bytes,
                 "dense_bytes": each.dense_bytes,
                 "by_format": each.by_format,
+                "runs_dense": each.runs_dense or None,
             }
             for each in saved.weights
         ],
@@ -133,5 +134,17 @@ def _show(saved: "Saved", dtype: str) -> None:
         f"Wrote {saved.folder}: {size_text(saved.bytes)} of weights, dense {size_text(saved.dense_bytes)} "
         f"({saved.dense_bytes / saved.bytes:.2f} times as much)",
     )
+    for reason, names in _running_dense(saved).items():
+        more = "" if len(names) == 1 else f" and {len(names) - 1} more"
+        show(f"Dense when it runs: {names[0]}{more}: {reason}")
     if zeros < 0.05:
         show("There is next to nothing to gain: prune the model first")
+
+
+def _running_dense(saved: "Saved") -> dict[str, list[str]]:
+    """Matrices that `apportion generate --sparse` does not keep packed, by the reason."""
+    found: dict[str, list[str]] = {}
+    for each in saved.weights:
+        if each.runs_dense:
+            found.setdefault(each.runs_dense, []).append(each.name)
+    return found

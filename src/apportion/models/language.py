@@ -235,10 +235,7 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Langu
         return _from_pretrained(name, str(folder), number, place, local=True)
     path = Path(name).expanduser()
     if name and path.is_dir():
-        if not (path / "config.json").exists():
-            raise InputError(
-                f"model {name!r} is a folder without config.json: give one that transformers' save_pretrained wrote"
-            )
+        _check_configured(path)
         return _from_pretrained(name, str(path), number, place, local=True)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise InputError(f"model {name!r} is not a folder{_what_works()}")
@@ -247,6 +244,40 @@ def load(name: str | Path, dtype: str = "float32", device: str = "cpu") -> Langu
     except _NotReadable:
         _ask_the_hub(name)
         return _from_pretrained(name, name, number, place, local=False)
+
+
+def load_around(
+    folder: Path | str,
+    state_of: Callable[[nn.Module, torch.dtype], dict[str, Tensor]],
+    finish: Callable[[nn.Module], None],
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> LanguageModel:
+    """A model of a folder, with weights that the caller has: nothing is read but configuration and tokenizer.
+
+    Args:
+        folder: with ``config.json``.
+        state_of: gives the whole state dictionary, for a model without memory (on the meta device) and the dtype that
+            is computed in.
+        finish: may change the model before it is moved to the device.
+        dtype: see `load`.
+        device: see `load`.
+
+    Raises:
+        InputError: see `load`; the state dictionary does not fit.
+    """
+    place = device_named(device)
+    _check_configured(Path(folder))
+    return _from_pretrained(
+        str(folder), str(folder), _dtype(dtype, place), place, local=True, state_of=state_of, finish=finish
+    )
+
+
+def _check_configured(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise InputError(
+            f"model '{folder}' is a folder without config.json: give one that transformers' save_pretrained wrote"
+        )
 
 
 class _NotReadable(InputError):
@@ -263,7 +294,16 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
 
 
-def _from_pretrained(name: str, source: str, dtype: torch.dtype, device: torch.device, *, local: bool) -> LanguageModel:
+def _from_pretrained(
+    name: str,
+    source: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    local: bool,
+    state_of: Callable[[nn.Module, torch.dtype], dict[str, Tensor]] | None = None,
+    finish: Callable[[nn.Module], None] | None = None,
+) -> LanguageModel:
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -271,11 +311,14 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype, device: torch.d
         with quiet_transformers():
             config = AutoConfig.from_pretrained(source, local_files_only=local)
             kind: Any = AutoModelForCausalLM if _predicts_next_token(config) else AutoModel
-            # What was packed becomes plain dense tensors; `apportion.weights` knows how to keep it packed.
-            state = read_packed(source).dense(dtype) if local and is_packed(source) else None
-            if state is not None:
+            if state_of is None and local and is_packed(source):
+                # What was packed becomes plain dense tensors; `apportion.weights` knows how to keep it packed.
+                state_of = _unpacked(source)
+            state = None
+            if state_of is not None:
                 with torch.device("meta"):
-                    kind = type(kind.from_config(config))
+                    skeleton = kind.from_config(config)
+                kind, state = type(skeleton), state_of(skeleton, dtype)
             model, report = kind.from_pretrained(
                 None if state is not None else source,
                 config=config,
@@ -296,7 +339,13 @@ def _from_pretrained(name: str, source: str, dtype: torch.dtype, device: torch.d
         raise InputError(
             f"model {name!r} lacks weights for {', '.join(missing[:3])} ({len(missing)} in all): it is damaged"
         )
+    if finish is not None:
+        finish(model)
     return LanguageModel(name, model.to(device), tokenizer)
+
+
+def _unpacked(folder: str) -> Callable[[nn.Module, torch.dtype], dict[str, Tensor]]:
+    return lambda _, dtype: read_packed(folder).dense(dtype)
 
 
 def _ask_the_hub(name: str) -> None:

@@ -16,7 +16,6 @@ won by 0.011; since then it has a rate tuned at its own length.
 """
 
 import tempfile
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +26,9 @@ from torch import Tensor, nn
 
 from apportion.data.digits import Digits, digits
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
-from apportion.studies.small_networks import DigitsNetwork, accuracy, batches_of, cross_entropy, fit, loss_of, seeded
+from apportion.studies.small_networks import DigitsNetwork, batches_of, best_rate, cross_entropy, fit, judged, seeded
 from apportion.studies.workbench import Workbench
 from apportion.weights.bdwp import Bdwp, BidirectionalLinear, Scheme, finish
 from apportion.weights.sat_accelerator import Sat
@@ -43,10 +42,9 @@ BASELINE = (
     "dense training, also cut to the same multiply-adds; SR-STE, backward pruning alone and transposable masks beside"
 )
 
-Measured = dict[str, dict[str, list[float]]]
 _WIDTHS = (64, 256, 256, 256, 10)
 _RATES = (0.02, 0.05, 0.1)
-_BATCH, _TUNING_SEED = 64, 1000
+_BATCH = 64
 _BDWP, _FEWER = "BDWP", "dense, as many multiply-adds as BDWP"
 _SCHEMES: dict[str, dict[str, Any]] = {
     "SR-STE (forward only)": {"scheme": "sr_ste"},
@@ -89,12 +87,10 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     size = _SIZES[scale]
     with one_thread():
         rates = {arm: _rate(arm, size, bench) for arm in ("dense", _FEWER, *_SCHEMES)}
-        measured: Measured = defaultdict(lambda: defaultdict(list))
+        measured = Measured()
         for seed in seeds:
-            found = bench.measure(f"seed {seed}", [asdict(size), rates, seed], partial(_of_seed, size, rates, seed))
-            for name, figures in found.items():
-                for metric, value in figures.items():
-                    measured[name][metric].append(value)
+            settings = [asdict(size), rates, seed]
+            measured.add(bench.measure(f"seed {seed}", settings, partial(_of_seed, size, rates, seed)))
     simulated = bench.measure("accelerator", [size.networks, _BATCHES], partial(_accelerator, size.networks))
     rows = collect_rows(measured)
     rows += [Row.of(name, metric, [value]) for name, figures in simulated.items() for metric, value in figures.items()]
@@ -117,22 +113,18 @@ def _rate(arm: str, size: _Size, bench: Workbench) -> float:
     if not size.tuned:
         return _RATES[1]
 
-    def losses() -> list[float]:
-        data = digits(_TUNING_SEED)
+    def trained(rate: float, data: Digits, seed: int) -> nn.Module:
         settings = Bdwp(2, 8, **_SCHEMES[arm]) if arm in _SCHEMES else None
-        steps = _fewer(size, 2, 8) if arm == _FEWER else size.steps
-        trained = [_train(settings, steps, rate, data, _TUNING_SEED) for rate in _RATES]
-        return [loss_of(each.eval(), data.validation) for each in trained]
+        return _train(settings, _fewer(size, 2, 8) if arm == _FEWER else size.steps, rate, data, seed)
 
-    found = bench.measure(f"learning rates of {arm}", [asdict(size), arm, _RATES], losses)
-    return _RATES[found.index(min(found))]
+    return best_rate(bench, arm, asdict(size), _RATES, trained)
 
 
 def _of_seed(size: _Size, rates: dict[str, float], seed: int) -> dict[str, dict[str, float]]:
     """Every scheme at every pattern."""
     data = digits(seed)
     dense = _train(None, size.steps, rates["dense"], data, seed)
-    found = {"dense": _judge(dense, data) | {"multiply-adds": 1.0}}
+    found = {"dense": judged(dense, data) | {"multiply-adds": 1.0}}
     everything = _macs(None)
     for n, m in size.patterns:
         for arm, options in _SCHEMES.items():
@@ -142,9 +134,9 @@ def _of_seed(size: _Size, rates: dict[str, float], seed: int) -> dict[str, dict[
             if arm == _BDWP:
                 own |= _fidelity(network, settings, data)
             finish(network)
-            found[f"{n}:{m}: {arm}"] = _judge(network, data) | own
+            found[f"{n}:{m}: {arm}"] = judged(network, data) | own
         fewer = _train(None, _fewer(size, n, m), rates[_FEWER], data, seed)
-        found[f"{n}:{m}: {_FEWER}"] = _judge(fewer, data) | {"multiply-adds": _macs(Bdwp(n, m)) / everything}
+        found[f"{n}:{m}: {_FEWER}"] = judged(fewer, data) | {"multiply-adds": _macs(Bdwp(n, m)) / everything}
     return found
 
 
@@ -191,10 +183,6 @@ def _fidelity(network: nn.Module, settings: Bdwp, data: Digits) -> dict[str, flo
         name: float(nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0))
         for name, a, b in zip(names, own, exact, strict=True)
     }
-
-
-def _judge(network: nn.Module, data: Digits) -> dict[str, float]:
-    return {"accuracy": accuracy(network, data.test), "loss": loss_of(network, data.test)}
 
 
 def _accelerator(names: tuple[str, ...]) -> dict[str, dict[str, float]]:

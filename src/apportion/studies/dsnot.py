@@ -12,7 +12,6 @@ bias, are computed and shown, but the pilot had them as ties or worse, and they 
 
 import random
 import tempfile
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from apportion.models import LanguageModel, load
 from apportion.models.block_walk import walked_losses
 from apportion.report import ResultRow, plots
-from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows
 from apportion.studies.machine import machine
 from apportion.studies.workbench import Workbench
 from apportion.weights.dsnot import DSnoT
@@ -39,7 +38,6 @@ CLAIM = (
 )
 BASELINE = "the same mask without swaps, and the published 50 swaps whatever the width, at the same zeros in every row"
 
-Measured = dict[str, dict[str, list[float]]]
 _MAGNITUDE, _WANDA = "magnitude", "Wanda"
 _SWAPPED, _PUBLISHED = f"{_WANDA}, swaps", f"{_WANDA}, 50 swaps, attention only (as published)"
 _FROM_MAGNITUDE, _BIAS = f"{_MAGNITUDE}, swaps", f"{_WANDA}, mean-bias correction"
@@ -102,7 +100,7 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     arms: list[tuple[str, str | None, float]] = [("60 %: dense", None, 0.0)]
     arms += [(f"60 %: {name}", name, 0.6) for name in size.arms]
     arms += [(f"50 %: {name}", name, 0.5) for name in size.less_sparse]
-    measured: Measured = defaultdict(lambda: defaultdict(list))
+    measured = Measured()
     for seed in seeds:
         for title, name, sparsity in arms:
             found = bench.measure(
@@ -110,8 +108,7 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
                 [asdict(size), title, seed],
                 partial(trial.measured, name, sparsity, seed),
             )
-            for metric, value in found.items():
-                measured[title][metric].append(value)
+            measured.add({title: found})
     return Finding(
         slug="dsnot",
         claim=CLAIM,

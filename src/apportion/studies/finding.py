@@ -157,6 +157,17 @@ def by_condition(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return conditions
 
 
+class Measured(dict[str, dict[str, list[float]]]):
+    """What a study measures, as it comes in: ``measured[name][metric]`` has a value a seed."""
+
+    def add(self, found: Mapping[str, Mapping[str, float]]) -> None:
+        """One more value for each metric of each name."""
+        for name, figures in found.items():
+            own = self.setdefault(name, {})
+            for metric, value in figures.items():
+                own.setdefault(metric, []).append(value)
+
+
 def collect_rows(measured: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Row]:
     """Rows from ``measured[name][metric][seed]``."""
     return [Row.of(name, metric, values) for name, metrics in measured.items() for metric, values in metrics.items()]

@@ -18,7 +18,6 @@ was changed, and nothing else.
 import tempfile
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from apportion.ops.spmm.formats import Bitmap, NarrowCSR
 from apportion.ops.spmm.vector import has_expand
 from apportion.report import plots
 from apportion.report.plots import ParetoPoint
-from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.workbench import Workbench
 
@@ -46,8 +45,6 @@ BASELINE = "torch's dense product, and its sparse CSR, of the same masked weight
 _SMALL, _LARGE = "SmolLM2 MLP", "4096 x 4096"
 _DENSE, _CSR, _LSCD, _OURS = "dense", "torch CSR", "LSCD bitmap", "usual way"
 _TOLERANCE = 1e-5
-
-Measured = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ _SIZES: dict[Scale, _Size] = {
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure bytes, times and errors for each seed, and judge."""
     size = _SIZES[scale]
-    measured: Measured = defaultdict(lambda: defaultdict(list))
+    measured = Measured()
     with one_thread():
         for seed in seeds:
             for where in (_SMALL, _LARGE):
@@ -82,9 +79,8 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
                     def measure(where: str = where, sparsity: float = sparsity, seed: int = seed) -> dict[str, float]:
                         return _measure(size, where, sparsity, seed)
 
-                    found = bench.measure(f"{where}, {sparsity:.0%} zeros, seed {seed}", [asdict(size), seed], measure)
-                    for metric, value in found.items():
-                        measured[f"{where}, {sparsity:.0%} zeros"][metric].append(value)
+                    what = f"{where}, {sparsity:.0%} zeros"
+                    measured.add({what: bench.measure(f"{what}, seed {seed}", [asdict(size), seed], measure)})
     rows = collect_rows(measured)
     return Finding(
         slug="flash_llm",

@@ -3,8 +3,9 @@
 Two small tasks, digits and the next character of source code. A network is trained for a while; then it is pruned by
 magnitude, layer by layer and with its head, while it is trained on: gradually along a cubic or a straight line, or at
 once. Against it stand thin dense networks which hold as much: as many nonzeros, all parameters counted, or as many
-bytes (the pruned one stored as bit mask or CSR, whichever is smaller), trained for as many steps in one go. Every arm
-has its learning rate from one grid, chosen on validation data with a seed of its own.
+bytes (each layer of the pruned one packed as this library's files pack it: as a bitmap or CSR, whichever is smaller),
+trained for as many steps in one go. Every arm has its learning rate from one grid, chosen on validation data with a
+seed of its own.
 
 What counts was written down before the first run: on both tasks, at the highest sparsity, gradual cubic pruning against
 thin networks of as many nonzeros and of as many bytes; and, on digits, the cubic schedule against a straight line. The
@@ -299,8 +300,8 @@ def _notes(sizes: Sequence[_Size], chosen: dict[str, dict[str, float]]) -> list[
     notes = [
         "What counts was fixed before the first run: at each task's highest sparsity, cubic pruning against thin "
         "networks of equal nonzeros and of equal bytes, and on digits against a linear schedule.",
-        "Nonzeros count every parameter (biases, norms, embedding); kB is the smallest of dense, bit mask and CSR with "
-        "the narrowest indices that fit, values in float32. Head pruned, embedding not.",
+        "Nonzeros count every parameter (biases, norms, embedding); kB is what a packed file takes, each layer "
+        "dense, as a bitmap or in CSR, whichever is smallest, values in float32. Head pruned, embedding not.",
         "A first run had learning rates of 1e-3, 3e-3 and 1e-2: no arm chose the first and most chose the last, so the "
         "grid moved up for all of them. It also had digits at 90 % and random masks, which are left to `long`.",
     ]

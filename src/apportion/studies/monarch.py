@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from apportion.models import load
 from apportion.models.families import blocks_of
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.monarch_exactness import exactness
 from apportion.studies.monarch_networks import (
@@ -65,7 +65,6 @@ _NEAR = 0.05  # bits per character
 _BLOCKS = 4  # whose errors are compared in words
 BITS, ERROR = "bits per character", "relative error"
 Figures = dict[str, dict[str, float]]
-Measured = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ _SIZES: dict[Scale, _Size] = {
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     size = _SIZES[scale]
-    measured: Measured = defaultdict(lambda: defaultdict(list))
+    measured = Measured()
     rates: dict[str, float] = {}
     with one_thread():
         tuning = CharacterTask(size.task, _TUNING_SEED)
@@ -128,11 +127,7 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
                 "sparse to dense": partial(_sparse_to_dense, task, rates),
             }
             for part, measure in parts.items():
-                for name, figures in bench.measure(
-                    f"seed {seed}: {part}", [asdict(size), seed, rates], measure
-                ).items():
-                    for metric, value in figures.items():
-                        measured[name][metric].append(value)
+                measured.add(bench.measure(f"seed {seed}: {part}", [asdict(size), seed, rates], measure))
     rows = collect_rows(measured)
     return Finding(
         slug="monarch",
@@ -255,13 +250,13 @@ class _RealWeights:
         layers = blocks_of(self._model)
         draws = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(layers), generator=draws)[: self.size.blocks].tolist()
-        collected: Measured = defaultdict(lambda: defaultdict(list))
+        collected: dict[str, list[float]] = defaultdict(list)
         for block in chosen:
             for matrix in self.size.matrices:
                 weight = layers[block].get_submodule(matrix).weight.detach()
                 for name, error in self._of(weight, draws).items():
-                    collected[f"{matrix.rpartition('.')[2]}, {name}"][ERROR].append(error)
-        return {name: {ERROR: sum(each[ERROR]) / len(each[ERROR])} for name, each in collected.items()}
+                    collected[f"{matrix.rpartition('.')[2]}, {name}"].append(error)
+        return {name: {ERROR: sum(errors) / len(errors)} for name, errors in collected.items()}
 
     def _of(self, weight: Tensor, draws: torch.Generator) -> dict[str, float]:
         out_features, in_features = weight.shape

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from apportion.data.digits import Digits, digits
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
-from apportion.studies.small_networks import DigitsNetwork, accuracy, batches_of, fit, loss_of, seeded
+from apportion.studies.small_networks import DigitsNetwork, batches_of, best_rate, fit, judged, seeded
 from apportion.studies.workbench import Workbench
 from apportion.training import Hook
 from apportion.weights import NofMPattern, WeightLayer, add_masks, choose_masks, prunable
@@ -41,10 +41,9 @@ BASELINE = (
     "SR-STE at the same steps and its own learning rate; one-shot N:M of the dense run, STE and random masks beside"
 )
 
-Measured = dict[str, dict[str, list[float]]]
 _WIDTHS = (64, 256, 256, 10)
 _RATES = (5e-4, 1e-3, 2e-3)
-_BATCH, _TUNING_SEED, _TUNED_AT = 64, 1000, "1:16"
+_BATCH, _TUNED_AT = 64, "1:16"
 _ONE_SHOT, _RANDOM = "one-shot", "random masks"
 _SR_STE, _EXPONENTIAL, _MASKED = "SR-STE", "MdGf exponential", "MdGf exponential, masked gradient"
 # ``decay_frac`` is of the decay phase, nine tenths of the run.
@@ -82,12 +81,10 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     size = _SIZES[scale]
     with one_thread():
         rates = {arm: _rate(arm, size, bench) for arm in ("dense", _RANDOM, *_FLOWS)}
-        measured: Measured = defaultdict(lambda: defaultdict(list))
+        measured = Measured()
         for seed in seeds:
-            found = bench.measure(f"seed {seed}", [asdict(size), rates, seed], partial(_of_seed, size, rates, seed))
-            for name, figures in found.items():
-                for metric, value in figures.items():
-                    measured[name][metric].append(value)
+            settings = [asdict(size), rates, seed]
+            measured.add(bench.measure(f"seed {seed}", settings, partial(_of_seed, size, rates, seed)))
     return Finding(
         slug="progressive_gradient_flow",
         claim=CLAIM,
@@ -107,30 +104,27 @@ def _rate(arm: str, size: _Size, bench: Workbench) -> float:
     if not size.tuned:
         return _RATES[1]
 
-    def losses() -> list[float]:
-        data = digits(_TUNING_SEED)
-        trained = [_train(arm, _TUNED_AT, size.steps, rate, data, _TUNING_SEED)[0] for rate in _RATES]
-        return [loss_of(network, data.validation) for network in trained]
+    def trained(rate: float, data: Digits, seed: int) -> nn.Module:
+        return _train(arm, _TUNED_AT, size.steps, rate, data, seed)[0]
 
-    found = bench.measure(f"learning rates of {arm}", [asdict(size), arm, _RATES], losses)
-    return _RATES[found.index(min(found))]
+    return best_rate(bench, arm, asdict(size), _RATES, trained)
 
 
 def _of_seed(size: _Size, rates: dict[str, float], seed: int) -> dict[str, dict[str, float]]:
     """Every arm at every pattern."""
     data = digits(seed)
     dense, _ = _train("dense", "", size.steps, rates["dense"], data, seed)
-    found = {"dense": _judge(dense, data)}
+    found = {"dense": judged(dense, data)}
     for pattern in size.patterns:
         pruned, _ = _train("dense", "", 0, 0.0, data, seed)
         pruned.load_state_dict(dense.state_dict())
         _prune(pruned, pattern)
-        found[f"{pattern}: {_ONE_SHOT}"] = _judge(pruned, data)
+        found[f"{pattern}: {_ONE_SHOT}"] = judged(pruned, data)
         for arm in (_RANDOM, *_FLOWS):
             if not _fits(arm, pattern):
                 continue
             network, seen = _train(arm, pattern, size.steps, rates[arm], data, seed)
-            found[f"{pattern}: {arm}"] = _judge(network, data) | seen
+            found[f"{pattern}: {arm}"] = judged(network, data) | seen
     return found
 
 
@@ -201,10 +195,6 @@ def _prune(network: nn.Module, pattern: str) -> None:
     for layer in _hidden(network):
         matrix = layer.matrix().detach()
         layer.set_matrix(torch.where(_parse(pattern).keep(matrix.abs()), matrix, 0))
-
-
-def _judge(network: nn.Module, data: Digits) -> dict[str, float]:
-    return {"accuracy": accuracy(network, data.test), "loss": loss_of(network, data.test)}
 
 
 def _parse(pattern: str) -> NofMPattern:

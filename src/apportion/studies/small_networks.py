@@ -3,17 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from apportion.data.characters import VOCABULARY, windows
+from apportion.data.digits import Digits, digits
+from apportion.studies.workbench import Workbench
 from apportion.training import Hook, TrainingSettings
 from apportion.training.optimizer import OptimizerFactory
 from apportion.weights import train_masked
 
 WINDOW = 12
+TUNING_SEED = 1000
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -119,6 +123,38 @@ def loss_of(network: nn.Module, part: tuple[Tensor, Tensor]) -> float:
     """Mean cross-entropy in nats."""
     x, y = part
     return float(nn.functional.cross_entropy(network(x), y))
+
+
+def judged(network: nn.Module, data: Digits) -> dict[str, float]:
+    """Accuracy and loss on test pictures."""
+    return {"accuracy": accuracy(network, data.test), "loss": loss_of(network, data.test)}
+
+
+def best_rate(
+    bench: Workbench,
+    arm: str,
+    settings: Any,
+    rates: Sequence[float],
+    trained: Callable[[float, Digits, int], nn.Module],
+) -> float:
+    """The learning rate that leaves the lowest loss on validation pictures.
+
+    Args:
+        bench: keeps the losses.
+        arm: whose rate it is.
+        settings: all else that decides the losses, JSON-ready.
+        rates: to choose from.
+        trained: gives a network trained at a rate, on digits, with a seed. Both are of `TUNING_SEED`, which no study
+            judges by.
+    """
+
+    def losses() -> list[float]:
+        data = digits(TUNING_SEED)
+        networks = [trained(rate, data, TUNING_SEED) for rate in rates]
+        return [loss_of(network.eval(), data.validation) for network in networks]
+
+    found = bench.measure(f"learning rates of {arm}", [settings, arm, rates], losses)
+    return rates[found.index(min(found))]
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from apportion.studies.small_networks import (
     fit,
 )
 from apportion.studies.workbench import Workbench
+from apportion.weights.accounting import largest_width
 from apportion.weights.cost import Cost, cost_of
 from apportion.weights.prune_and_grow import Growth, PruneAndGrow, PruneAndGrowSettings
 from apportion.weights.sparse_ift import Member, SparseIftSettings, transform
@@ -166,9 +167,11 @@ class _Task(ABC):
 
     def _doubled(self) -> float:
         """The factor of the widest network that costs at most twice as much."""
-        most = 2 * cost_of(self.make(1.0), self.sample).flops
-        factors = [width / self.size.width for width in range(self.size.width, 3 * self.size.width)]
-        return max(factor for factor in factors if cost_of(self.make(factor), self.sample).flops <= most)
+
+        def cost(width: int) -> int:
+            return cost_of(self.make(width / self.size.width), self.sample).flops
+
+        return largest_width(cost, 2 * cost(self.size.width)) / self.size.width
 
 
 class _Digits(_Task):

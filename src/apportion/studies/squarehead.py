@@ -15,7 +15,6 @@ first run (verdict: mixed) had 1e-3 where the grid now has 1e-1: nearly all best
 """
 
 import copy
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,7 +30,7 @@ from apportion.data import corpus
 from apportion.data.characters import VOCABULARY, characters, windows
 from apportion.models import LanguageModel, load
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Row, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.small_networks import WINDOW, bits_per_character, character_batches, fit, seeded
 from apportion.studies.workbench import Workbench
@@ -55,7 +54,6 @@ _LOSSES = {
 }
 _TUNING_SEED = 1000
 _COUNTS = (0.9, 0.95)
-Measured = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -112,18 +110,18 @@ _SIZES["gpu"] = replace(
 def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
     """Measure; see the module's docstring."""
     size = _SIZES[scale]
-    measured: Measured = defaultdict(lambda: defaultdict(list))
+    measured = Measured()
     with one_thread():
         chosen = bench.measure("learning rates", asdict(size), partial(_best_rates, size, bench))
         for seed in seeds:
             found = bench.measure(f"seed {seed}", [asdict(size), chosen, seed], partial(_students, size, chosen, seed))
-            _collect(measured, found)
+            measured.add(found)
     if size.language is not None:
         trial = _LanguageTrial(size.language, bench)
         rates = bench.measure("SmolLM2: learning rates", asdict(size.language), trial.best_rates)
         for seed in seeds:
             settings = [asdict(size.language), rates, seed]
-            _collect(measured, bench.measure(f"SmolLM2: seed {seed}", settings, partial(trial.run, rates, seed)))
+            measured.add(bench.measure(f"SmolLM2: seed {seed}", settings, partial(trial.run, rates, seed)))
         chosen = chosen | {_language(size.language): rates}
     rows = collect_rows(measured)
     return Finding(
@@ -138,12 +136,6 @@ def run(scale: Scale, seeds: list[int], bench: Workbench) -> Finding:
         notes=_notes(size, chosen),
         plots={"recovery": _plot(rows)},
     )
-
-
-def _collect(measured: Measured, found: dict[str, dict[str, float]]) -> None:
-    for name, figures in found.items():
-        for metric, value in figures.items():
-            measured[name][metric].append(value)
 
 
 # --- characters ------------------------------------------------------------------------------------------------------

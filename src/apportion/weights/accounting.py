@@ -1,56 +1,17 @@
 """What a pruned network costs in memory, by formula, and the dense network that costs no more.
 
-Bytes are those of files and of memory at rest; what is in the packed formats that products run on is measured where
-they are made. A weight is stored as
-
-- ``dense``: every value;
-- ``bitmask``: a bit for every place, and the values that stay;
-- ``csr``: values that stay, the column of each, and where each row begins, columns and places as small as they can be;
-- ``n:m``: values that stay, and for each its place within its group.
+Bytes are those of the formats that files and packed layers are written in, by their own formulas
+(`apportion.ops.spmm.formats`), each layer a matrix.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from apportion.errors import InputError
+from apportion.ops.spmm.formats import Bitmap, Dense, NarrowCSR
 from apportion.weights.layers import WeightLayer
-
-
-def bitmask_bytes(weights: int, kept: int, value_bytes: int = 4) -> int:
-    """A bit for every weight and the values that stay."""
-    return math.ceil(weights / 8) + kept * value_bytes
-
-
-def csr_bytes(
-    rows: int,
-    columns: int,
-    kept: int,
-    value_bytes: int = 4,
-    index_bytes: int | None = None,
-    row_bytes: int | None = None,
-) -> int:
-    """Values, their columns, and where each of the rows begins.
-
-    Args:
-        rows: outputs.
-        columns: inputs.
-        kept: weights that stay.
-        value_bytes: of a value.
-        index_bytes: of a column; as few of 1, 2, 4 and 8 as will do if None (torch's own CSR has 8, or 4).
-        row_bytes: of a row's beginning, likewise.
-    """
-    index = index_bytes or _bytes_for(columns - 1)
-    row = row_bytes or _bytes_for(kept)
-    return kept * (value_bytes + index) + (rows + 1) * row
-
-
-def n_of_m_bytes(weights: int, n: int, m: int, value_bytes: int = 4) -> int:
-    """Values that stay, and for each ``log2(m)`` bits, rounded up, that say which of its group it is (2 in 2:4)."""
-    kept = math.ceil(weights / m) * n
-    return kept * value_bytes + math.ceil(kept * math.ceil(math.log2(m)) / 8)
 
 
 @dataclass(frozen=True)
@@ -61,25 +22,22 @@ class Memory:
         weights: of the layers that can be pruned.
         kept: of these, those that are not 0.
         others: parameters besides.
-        dense, bitmask, csr: bytes, if those layers are stored so and everything else densely.
+        dense, bitmap, csr: bytes, if all those layers are packed so and everything else is dense.
+        smallest: bytes, if each of those layers is packed in whichever of the three takes least.
     """
 
     weights: int
     kept: int
     others: int
     dense: int
-    bitmask: int
+    bitmap: int
     csr: int
+    smallest: int
 
     @property
     def nonzeros(self) -> int:
         """Weights that are not 0, and all other parameters."""
         return self.kept + self.others
-
-    @property
-    def smallest(self) -> int:
-        """Bytes in the best of the three."""
-        return min(self.dense, self.bitmask, self.csr)
 
 
 def memory(network: nn.Module, layers: Sequence[WeightLayer], value_bytes: int = 4) -> Memory:
@@ -87,22 +45,23 @@ def memory(network: nn.Module, layers: Sequence[WeightLayer], value_bytes: int =
 
     Args:
         network: with masks or without.
-        layers: that can be pruned.
+        layers: that can be pruned, at least one.
         value_bytes: of a value as it would be stored: 4 for float32, 2 for bfloat16, 1 for int8.
     """
-    shapes = [each.matrix().shape for each in layers]
-    kept = [int(each.weight.detach().count_nonzero()) for each in layers]
-    weights = [rows * columns for rows, columns in shapes]
-    others = sum(each.numel() for each in network.parameters()) - sum(weights)
-    beside = others * value_bytes
-    return Memory(
-        sum(weights),
-        sum(kept),
-        others,
-        dense=beside + sum(weights) * value_bytes,
-        bitmask=beside + sum(bitmask_bytes(w, k, value_bytes) for w, k in zip(weights, kept, strict=True)),
-        csr=beside + sum(csr_bytes(r, c, k, value_bytes) for (r, c), k in zip(shapes, kept, strict=True)),
-    )
+    matrices = [(each.matrix().shape, int(each.weight.detach().count_nonzero())) for each in layers]
+    packed = [_packed((rows, columns), kept, value_bytes) for (rows, columns), kept in matrices]
+    weights = sum(rows * columns for (rows, columns), _ in matrices)
+    others = sum(each.numel() for each in network.parameters()) - weights
+    dense, bitmap, csr = (others * value_bytes + sum(sizes) for sizes in zip(*packed, strict=True))
+    smallest = others * value_bytes + sum(min(sizes) for sizes in packed)
+    return Memory(weights, sum(kept for _, kept in matrices), others, dense, bitmap, csr, smallest)
+
+
+def _packed(shape: tuple[int, int], kept: int, value_bytes: int) -> tuple[int, int, int]:
+    """Bytes of a matrix: dense, as a bitmap, in CSR."""
+    formats = (Dense, Bitmap, NarrowCSR)
+    dense, bitmap, csr = (each.formula(shape, kept, value_bytes) for each in formats)
+    return dense, bitmap, csr
 
 
 def largest_width(cost: Callable[[int], int], budget: int) -> int:
@@ -124,7 +83,3 @@ def largest_width(cost: Callable[[int], int], budget: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     return low
-
-
-def _bytes_for(largest: int) -> int:
-    return next(size for size in (1, 2, 4, 8) if largest < 256**size)

@@ -54,6 +54,9 @@ def greedy(candidates: Sequence[nn.Module], score: Callable[[nn.Module], float])
 
     Returns:
         The places of those that are in the soup, and the soup, which scores no less than the best candidate.
+
+    Raises:
+        InputError: there is no candidate, or they cannot be averaged.
     """
     if not candidates:
         raise InputError("candidates is empty: give at least one network to choose from")

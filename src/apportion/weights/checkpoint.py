@@ -10,7 +10,7 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from apportion.data.files import write_atomically, write_json
 from apportion.errors import InputError
 from apportion.models import LanguageModel, load
 from apportion.models.families import transformer_of
-from apportion.models.packed_files import DTYPES, KIND, MANIFEST, VERSION, WEIGHTS, read_packed
+from apportion.models.language import device_named, load_around
+from apportion.models.packed_files import DTYPES, KIND, MANIFEST, VERSION, WEIGHTS, PackedState, read_packed
 from apportion.models.saving import save_model
 from apportion.ops.spmm.formats import FORMATS, Dense, Packed
-from apportion.weights.compression import replace_module
-from apportion.weights.sparse_linear import RUNNABLE, SparseLinear, bytes_by_format, smallest
+from apportion.weights.compression import other_kind, replace_module
+from apportion.weights.sparse_linear import SparseLinear, bytes_by_format, smallest
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SavedWeight:
         bytes: that it takes in the file.
         dense_bytes: that it took in the model.
         by_format: bytes in every format that can hold it, in the type that is written.
+        runs_dense: why `load_compressed` makes it dense, or finds it so; empty where it stays packed.
     """
 
     name: str
@@ -49,6 +51,7 @@ class SavedWeight:
     bytes: int
     dense_bytes: int
     by_format: dict[str, int]
+    runs_dense: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def save_compressed(model: Any, folder: Path | str, format: str = "auto", dtype:
     with write_atomically(folder / WEIGHTS) as path:
         save_file(tensors, path, metadata={"format": "pt"})
     write_json(folder / MANIFEST, {"kind": KIND, "version": VERSION, "tensors": entries, "tied": tied})
+    weights = [replace(each, runs_dense=_why_dense(module, each, set(tied.values()))) for each in weights]
     return Saved(folder, tuple(weights), (folder / WEIGHTS).stat().st_size, dense_bytes)
 
 
@@ -133,9 +137,7 @@ def load_dense(folder: Path | str) -> dict[str, Tensor]:
 def load_compressed(
     folder: Path | str, dtype: str = "float32", device: str = "cpu", *, into: nn.Module | None = None
 ) -> Any:
-    """A model whose packed linear layers stay packed.
-
-    While it is read there is a dense model too, for a moment.
+    """A model whose packed linear layers stay packed; it is never in memory as a dense one.
 
     Args:
         folder: of `save_compressed`.
@@ -150,24 +152,38 @@ def load_compressed(
         InputError: there is no whole checkpoint of packed weights, or ``into`` has another structure.
     """
     state = read_packed(folder)
+
+    def stand_ins(module: nn.Module, number: torch.dtype | None) -> dict[str, Tensor]:
+        """One number in the place of each matrix that stays packed."""
+        kept = {name: state.weights[name] for name in _stay_packed(module, state)}
+        rest = {name: each for name, each in state.weights.items() if name not in kept}
+        zero = torch.zeros((), dtype=number)
+        return replace(state, weights=rest).dense(number) | {n: zero.expand(each.shape) for n, each in kept.items()}
+
+    def swap(module: nn.Module, place: torch.device | None = None) -> None:
+        for name in _stay_packed(module, state):
+            path = name.removesuffix(".weight")
+            linear = module.get_submodule(path)
+            packed = _moved(state.weights.pop(name), place or linear.get_parameter("weight").device)
+            bias = None if linear.bias is None else linear.get_parameter("bias")
+            replace_module(module, path, SparseLinear(packed, bias).train(linear.training))
+
     if into is None:
-        model: Any = load(folder, dtype, device)
-    else:
-        model = into
-        try:
-            into.load_state_dict(state.dense())
-        except RuntimeError as error:
-            raise InputError(f"into does not fit {folder} ({str(error).splitlines()[0]})") from error
-    module, shared = transformer_of(model), set(state.tied.values())
-    for name, packed in state.weights.items():
-        path = name.removesuffix(".weight")
-        if path == name or not path or name in shared or packed.name not in RUNNABLE:
-            continue
-        linear = module.get_submodule(path)
-        if type(linear) is nn.Linear:
-            moved = SparseLinear(_moved(packed, linear.weight.device), linear.bias)
-            replace_module(module, path, moved.train(linear.training))
-    return model
+        place = device_named(device)
+        return load_around(folder, stand_ins, lambda module: swap(module, place), dtype, device)
+    try:
+        into.load_state_dict(stand_ins(into, None))
+    except RuntimeError as error:
+        raise InputError(f"into does not fit {folder} ({str(error).splitlines()[0]})") from error
+    swap(into)
+    return into
+
+
+def _stay_packed(module: nn.Module, state: PackedState) -> list[str]:
+    """Names of the matrices that linear layers can read as they are packed."""
+    shared = set(state.tied.values())
+    owners = {f"{path}.weight": type(each) for path, each in module.named_modules() if path}
+    return [name for name in state.weights if owners.get(name) is nn.Linear and name not in shared]
 
 
 def to_transformers(folder: Path | str, out: Path | str, dtype: str = "float32") -> Path:
@@ -233,6 +249,15 @@ def _described(name: str, weight: Tensor, packed: Packed, dense_bytes: int) -> S
     return SavedWeight(
         name, shape, int(weight.count_nonzero()), packed.name, packed.nbytes, dense_bytes, bytes_by_format(weight)
     )
+
+
+def _why_dense(module: nn.Module, weight: SavedWeight, shared: set[str]) -> str:
+    owner = _owner(module, weight.name)
+    if weight.name in shared:
+        return "its weight is tied to another module's"
+    if not isinstance(owner, SparseLinear) and type(owner) is not nn.Linear:
+        return other_kind(owner)
+    return "no format makes it smaller" if weight.format == "dense" else ""
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -4,12 +4,12 @@
     print(report.bytes, report.dense_bytes)
     decompress(lm)                 # dense again, bit for bit (but that -0.0 is 0.0)
 
-Any model with ``nn.Linear`` layers will do. A layer stays dense, and the report says why, if it has too few zeros, if
-its weight is tied to another module's (packing the head would not remove the embeddings), or, with ``measure=True``, if
-dense is faster here.
+Any model with ``nn.Linear`` layers will do. A layer stays dense, and the report says why, if it is of another kind
+(GPT-2's ``Conv1D``, convolutions), if it has too few zeros, if its weight is tied to another module's (packing the head
+would not remove the embeddings), or, with ``measure=True``, if dense is faster here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from apportion.errors import InputError
 from apportion.models.families import transformer_of
 from apportion.weights.crossover import measure_crossover
+from apportion.weights.layers import WeightLayer, has_matrix
 from apportion.weights.sparse_linear import RUNNABLE, SparseLinear
 
 MINIMUM_SPARSITY = 0.4
@@ -25,11 +26,11 @@ MINIMUM_SPARSITY = 0.4
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of one linear layer.
+    """What became of one linear or convolutional layer.
 
     Attributes:
         name: of the module.
-        shape: of its weight.
+        shape: of its weight as a matrix ``[out, in]``.
         sparsity: share of zeros.
         format: that it is packed in, or ``dense``.
         bytes: of its weight now, in memory.
@@ -51,19 +52,19 @@ class Compression:
     """What became of a model.
 
     Attributes:
-        layers: its linear layers.
+        layers: its linear and convolutional layers.
     """
 
     layers: tuple[CompressedLayer, ...]
 
     @property
     def bytes(self) -> int:
-        """Of all linear weights now, in memory."""
+        """Of the layers' weights now, in memory."""
         return sum(each.bytes for each in self.layers)
 
     @property
     def dense_bytes(self) -> int:
-        """Of all linear weights before."""
+        """Of the layers' weights before."""
         return sum(each.dense_bytes for each in self.layers)
 
     @property
@@ -101,10 +102,12 @@ def compress(
         raise InputError(f"minimum_sparsity={minimum_sparsity}: a share between 0 and 1")
     shared = _shared(module)
     layers = []
-    for name, linear in list(module.named_modules()):
-        if type(linear) is not nn.Linear:
+    for name, each in list(module.named_modules()):
+        if not has_matrix(each):
             continue
-        layers.append(_swapped(module, name, linear, format, minimum_sparsity, dtype, measure, shared))
+        stays = _dense(WeightLayer(name, each))
+        reason = _why_dense(stays, each, minimum_sparsity, dtype, measure, shared)
+        layers.append(replace(stays, reason=reason) if reason else _swapped(module, stays, format, dtype, measure))
     return Compression(tuple(layers))
 
 
@@ -129,41 +132,53 @@ def replace_module(module: nn.Module, name: str, new: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, new)
 
 
-def _swapped(
+def other_kind(module: nn.Module) -> str:
+    """Why a module that is no plain linear layer stays dense."""
+    return f"it is of the kind {type(module).__name__}: only nn.Linear is packed"
+
+
+def _dense(layer: WeightLayer) -> CompressedLayer:
+    weight = layer.weight
+    rows, columns = layer.matrix().shape
+    zeros = 1 - int(weight.count_nonzero()) / weight.numel() if weight.numel() else 0.0
+    return CompressedLayer(layer.name, (rows, columns), zeros, "dense", weight.nbytes, weight.nbytes)
+
+
+def _why_dense(
+    layer: CompressedLayer,
     module: nn.Module,
-    name: str,
-    linear: nn.Linear,
-    format: str,
     minimum: float,
     dtype: torch.dtype | None,
     measure: bool,
     shared: set[int],
-) -> CompressedLayer:
-    weight = linear.weight
-    numel = weight.numel()
-    zeros = 1 - int(weight.count_nonzero()) / numel if numel else 0.0
-    shape = (weight.shape[0], weight.shape[1])
-    stays = CompressedLayer(name, shape, zeros, "dense", weight.nbytes, weight.nbytes)
-
-    def stay(reason: str) -> CompressedLayer:
-        return CompressedLayer(**{**vars(stays), "reason": reason})
-
-    if not name:
-        return stay("it is the model itself: use SparseLinear.from_linear")
-    if id(weight) in shared:
-        return stay("its weight is tied to another module's")
-    if zeros < minimum or not numel:
-        return stay(f"{zeros:.1%} zeros, below {minimum:.0%}")
+) -> str:
+    """Why a layer is not to be packed; empty if it is."""
+    if type(module) is not nn.Linear:
+        return other_kind(module)
+    if not layer.name:
+        return "it is the model itself: use SparseLinear.from_linear"
+    if id(module.weight) in shared:
+        return "its weight is tied to another module's"
+    if layer.sparsity < minimum or not layer.dense_bytes:
+        return f"{layer.sparsity:.1%} zeros, below {minimum:.0%}"
     if measure:
-        crossover = measure_crossover(weight if dtype is None else weight.to(dtype))
+        crossover = measure_crossover(module.weight if dtype is None else module.weight.to(dtype))
         if crossover is not None and crossover.gain() < 1:
-            return stay(f"dense is {1 / crossover.gain():.2f} times as fast for one row")
+            return f"dense is {1 / crossover.gain():.2f} times as fast for one row"
+    return ""
+
+
+def _swapped(
+    model: nn.Module, layer: CompressedLayer, format: str, dtype: torch.dtype | None, measure: bool
+) -> CompressedLayer:
+    """The layer packed, in the model; or as it was, where the format cannot hold it."""
+    linear = model.get_submodule(layer.name)
     try:
         packed = SparseLinear.from_linear(linear, format, dtype=dtype, measure=measure)
     except InputError as error:
-        return stay(str(error))
-    replace_module(module, name, packed.train(linear.training))
-    return CompressedLayer(name, shape, zeros, packed.format, packed.nbytes, weight.nbytes)
+        return replace(layer, reason=str(error))
+    replace_module(model, layer.name, packed.train(linear.training))
+    return replace(layer, format=packed.format, bytes=packed.nbytes)
 
 
 def _shared(module: nn.Module) -> set[int]:

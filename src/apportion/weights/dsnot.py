@@ -60,6 +60,9 @@ class DSnoT(OneShotMethod):
         attention_only: leave the first masks of the MLP alone; None: as the preset has it.
         objective: ``mean``, or ``second_moment``: swap for the whole squared error (see `second_moment_swaps`).
         correct_mean: add what is left of the mean error to the layer's bias.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     start: str = "wanda"
@@ -91,7 +94,11 @@ class DSnoT(OneShotMethod):
         return self.objective == "second_moment"
 
     def check(self, pattern: Pattern) -> None:
-        """Weights are swapped one by one within rows or groups of them."""
+        """Weights are swapped one by one within rows or groups of them.
+
+        Raises:
+            InputError: the pattern is of blocks, or of groups along the outputs.
+        """
         if isinstance(pattern, BlockPattern):
             raise InputError(f"DSnoT swaps single weights, which {pattern} does not allow: use a sparsity or N:M")
         if isinstance(pattern, NofMPattern) and pattern.dim == "out":

@@ -192,6 +192,9 @@ class FinetuneSettings:
         precision: ``bfloat16`` runs both networks under autocast; weights and losses stay in float32.
         seed: of the order of the text.
         checkpoint_every: steps between checkpoints.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     steps: int

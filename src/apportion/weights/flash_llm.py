@@ -23,11 +23,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from apportion.errors import InputError
-from apportion.ops.spmm.formats import FORMATS, Bitmap, NarrowCSR, TiledCSL
-from apportion.ops.spmm.formats.tiled_csl import TILE_COLUMNS, TILE_ROWS
-
-GPU_BREAK_EVEN = 0.6
-"""Share of zeros from which published kernels beat dense ones on a GPU (SpInfer, EuroSys 2025: 0.3 to 0.7)."""
+from apportion.ops.spmm.formats import FORMATS, TiledCSL
+from apportion.ops.spmm.formats.tiled_csl import CAPACITY, TILE_COLUMNS, TILE_ROWS
 
 
 def dense_intensity(rows: int, batch: int) -> float:
@@ -72,19 +69,24 @@ def weight_bytes(rows: int, columns: int, sparsity: float, size: int, format: st
 
 
 def byte_break_even(size: int, format: str) -> float:
-    """The share of zeros from which a format is smaller than dense, on large matrices."""
-    index = {"bitmap": 0.125, "csr": 2.0, "tiled_csl": 2.0}
-    if format not in index:
-        raise InputError(f"format {format!r}: bitmap, csr or tiled_csl")
+    """The share of zeros from which a format is smaller than dense, on large matrices.
+
+    Args:
+        size: bytes of a value.
+        format: ``bitmap``, ``csr`` or ``tiled_csl``.
+
+    Raises:
+        InputError: an unknown format.
+    """
     if format == "bitmap":
-        return index[format] / size
-    return index[format] / (size + index[format])
+        return 1 / (8 * size)  # a bit for each place
+    if format in ("csr", "tiled_csl"):
+        return 2 / (size + 2)  # 16 bits for each value
+    raise InputError(f"format {format!r}: bitmap, csr or tiled_csl")
 
 
 def tile_density_limit() -> float:
     """The share of a tile of Tiled-CSL that may be nonzero: beyond it the paper's kernel overflows."""
-    from apportion.ops.spmm.formats.tiled_csl import CAPACITY
-
     return CAPACITY / (TILE_ROWS * TILE_COLUMNS)
 
 
@@ -129,11 +131,10 @@ def recommend(
     rows, columns = shape
     if min(rows, columns, batch) < 1:
         raise InputError(f"shape={shape}, batch={batch}: at least 1 each")
-    dense = weight_bytes(rows, columns, sparsity, size, "dense")
-    bitmap, csr = (each.formula(shape, round(rows * columns * (1 - sparsity)), size) for each in (Bitmap, NarrowCSR))
-    format, fewest = ("bitmap", bitmap) if bitmap <= csr else ("csr", csr)
+    dense, bitmap, csr = (weight_bytes(rows, columns, sparsity, size, each) for each in ("dense", "bitmap", "csr"))
     if measured is not None:
         return _by_measure(measured)
+    format, fewest = ("bitmap", bitmap) if bitmap <= csr else ("csr", csr)
     if fewest >= dense:
         return Recommendation("dense", 1.0, f"{format} takes {fewest:,} bytes, dense {dense:,}")
     if dense_intensity(rows, batch) >= balance:

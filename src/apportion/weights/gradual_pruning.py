@@ -53,6 +53,9 @@ class PruningSettings:
         regrow: what happens to a pruned weight: see `apportion.weights.masks`.
         include: patterns of layers' names, see `apportion.weights.prunable`.
         exclude: patterns to leave out again. The paper leaves out a convolutional network's first layer.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     schedule: SparsitySchedule

@@ -134,7 +134,11 @@ def masked_layers(network: nn.Module) -> list[WeightLayer]:
 
 
 def held_mask(layer: WeightLayer) -> Mask:
-    """The parametrisation of a masked layer: its mask in the weight's own shape, and whether gradients pass it."""
+    """The parametrisation of a masked layer: its mask in the weight's own shape, and whether gradients pass it.
+
+    Raises:
+        InputError: the layer has no mask.
+    """
     mask = _mask_of(layer.module)
     if mask is None:
         raise InputError(f"{layer.name} has no mask: give it one with `add_masks`")

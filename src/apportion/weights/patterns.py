@@ -76,6 +76,9 @@ class Unstructured(Pattern):
         sparsity: the share that goes, at least 0 and below 1.
         scope: who competes: the weights of each output (``row``, as Wanda has it), of a ``layer``, or of all layers
             that are pruned together (``global``).
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     sparsity: float
@@ -119,6 +122,9 @@ class NofMPattern(Pattern):
         m: in a group.
         dim: along which groups lie: the inputs of the forward product, or its outputs, which the backward product sums
             over.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     n: int
@@ -137,7 +143,11 @@ class NofMPattern(Pattern):
         return self.n / self.m
 
     def check(self, shape: tuple[int, int], name: str = "the weight") -> None:
-        """The dimension must be a multiple of ``m``."""
+        """The dimension must be a multiple of ``m``.
+
+        Raises:
+            InputError: it is none.
+        """
         size = shape[1] if self.dim == "in" else shape[0]
         if size % self.m:
             raise InputError(
@@ -165,6 +175,9 @@ class BlockPattern(Pattern):
         width: columns (inputs).
         sparsity: the share of blocks that goes.
         scope: ``row``: the blocks of a row of blocks compete; ``layer``: those of the layer.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     height: int
@@ -183,7 +196,11 @@ class BlockPattern(Pattern):
         return 1 - self.sparsity
 
     def check(self, shape: tuple[int, int], name: str = "the weight") -> None:
-        """Both dimensions must be multiples."""
+        """Both dimensions must be multiples of the block's.
+
+        Raises:
+            InputError: one is none.
+        """
         for size, side, what in zip(shape, (self.height, self.width), ("outputs", "inputs"), strict=True):
             if size % side:
                 raise InputError(

@@ -257,7 +257,11 @@ class GradientFlowHook(Hook[nn.Module]):
 
     @torch.no_grad()
     def after_step(self, module: nn.Module, step: int, metrics: dict[str, Any], /) -> None:
-        """The next forward pass is of the next step."""
+        """The next forward pass is of the next step.
+
+        Raises:
+            InputError: no layer of the module was started.
+        """
         started = _started(module)
         if not started:
             raise InputError(

@@ -25,6 +25,7 @@ from apportion.models.block_walk import walked_losses
 from apportion.models.quiet import quiet_transformers
 from apportion.models.saving import save_model
 from apportion.weights.dsnot import DSnoT
+from apportion.weights.layers import WeightLayer
 from apportion.weights.one_shot import (
     LayerReport,
     OneShotReport,
@@ -52,6 +53,9 @@ class Text:
         context: tokens of a window (theirs: 2048).
         evaluation_tokens: at least so many are judged on; at most a window more.
         seed: of the choice among the calibration windows.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     calibration: str = "english"
@@ -186,22 +190,12 @@ def prune_to_folder(
     by_block = layers_by_block(lm, include, exclude)
     layers = [each for found in by_block.values() for each in found]
     check_pattern(pattern, method, layers)
-    if isinstance(method, DSnoT) and method.correct_mean:
-        lacking = [each.name for each in layers if getattr(each.module, "bias", None) is None]
-        if lacking:
-            raise InputError(
-                f"correct_mean needs biases, and {lacking[0]} has none ({len(lacking)} layers in all): a checkpoint of "
-                "this architecture could not hold them; use prune_model, which gives the layers biases in memory"
-            )
+    _check_biases(method, layers)
     evaluation = _key(windows.evaluation)
     if (folder / REPORT).exists():
         own = settings_of(lm, windows.calibration, None, method, pattern, include, exclude, error_every=1)
         return _finished(folder, {**own, "evaluation": evaluation})
-    before = folder / _PARTS / "dense.json"
-    dense = read_json(before) if before.exists() else {}
-    if dense.get("evaluation") != evaluation:
-        dense = {"evaluation": evaluation, "loss": _loss(lm, windows.evaluation, batch_size, device)}
-        write_json(before, dense)
+    before = _dense_loss(lm, windows.evaluation, evaluation, folder / _PARTS / "dense.json", batch_size, device)
     report = prune_model(
         lm,
         windows.calibration,
@@ -218,7 +212,7 @@ def prune_to_folder(
     save_model(lm, folder)
     tokens = windows.evaluation.shape[0] * (windows.evaluation.shape[1] - 1)
     report = replace(report, settings={**report.settings, "evaluation": evaluation})
-    done = PrunedCheckpoint(folder, report, _perplexity(dense["loss"]), _perplexity(after), tokens, text or {})
+    done = PrunedCheckpoint(folder, report, _perplexity(before), _perplexity(after), tokens, text or {})
     write_json(folder / REPORT, done.to_json())
     shutil.rmtree(folder / _PARTS, ignore_errors=True)
     return done
@@ -251,6 +245,27 @@ def _finished(folder: Path, settings: Mapping[str, Any]) -> PrunedCheckpoint:
         return PrunedCheckpoint(folder, report, before, after, perplexity["tokens"], text, finished_before=True)
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / REPORT} is no report of a pruning ({error}): choose a new folder") from error
+
+
+def _check_biases(method: OneShotMethod, layers: Sequence[WeightLayer]) -> None:
+    """Refuse a method that moves biases, where a checkpoint has no place for them."""
+    lacking = [each.name for each in layers if getattr(each.module, "bias", None) is None]
+    if isinstance(method, DSnoT) and method.correct_mean and lacking:
+        raise InputError(
+            f"correct_mean needs biases, and {lacking[0]} has none ({len(lacking)} layers in all): a checkpoint of "
+            "this architecture could not hold them; use prune_model, which gives the layers biases in memory"
+        )
+
+
+def _dense_loss(
+    lm: LanguageModel, ids: Tensor, key: str, path: Path, batch_size: int, device: torch.device | str | None
+) -> float:
+    """Of the model before it is pruned: from the file of a run that was killed, if it is of the same text."""
+    kept = read_json(path) if path.exists() else {}
+    if kept.get("evaluation") != key:
+        kept = {"evaluation": key, "loss": _loss(lm, ids, batch_size, device)}
+        write_json(path, kept)
+    return float(kept["loss"])
 
 
 def _loss(lm: LanguageModel, ids: Tensor, batch_size: int, device: torch.device | str | None) -> float:

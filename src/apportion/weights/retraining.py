@@ -37,6 +37,9 @@ class Branch:
         momentum: of SGD.
         schedule: ``linear`` (LLR), ``cosine`` (CLR: falls along a cosine), ``constant`` (FT: the learning rate is the
             last one of the original training).
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     steps: int
@@ -89,6 +92,9 @@ def adaptive_peak(largest: float, norm_drop: float, removed: float, smallest: fl
         removed: the share of the remaining weights that went.
         smallest: peak that is never fallen below; the paper's code has the share of the original training's steps that
             are retrained, times ``largest``.
+
+    Raises:
+        InputError: ``removed`` is no share above 0.
     """
     if not 0 < removed <= 1:
         raise InputError(f"removed={removed}: a share above 0 and at most 1 of the weights must have gone")

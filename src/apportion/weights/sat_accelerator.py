@@ -34,7 +34,11 @@ Dataflow = Literal["OS", "WS", "WS dense"]
 
 @dataclass(frozen=True)
 class Product:
-    """``A[p, k] @ B[k, q]``, B being N:M along k unless ``n == m``."""
+    """``A[p, k] @ B[k, q]``, B being N:M along k unless ``n == m``.
+
+    Raises:
+        InputError: a value that cannot work.
+    """
 
     p: int
     k: int
@@ -212,6 +216,9 @@ class Sat:
             layers: of the network.
             batch: examples.
             sparsity: which products have N:M weights; None for dense training.
+
+        Raises:
+            InputError: the batch has no example.
         """
         if batch < 1:
             raise InputError(f"batch={batch}: use at least 1 example")

@@ -54,6 +54,9 @@ class PolynomialSchedule(SparsitySchedule):
         updates: n, how many updates follow the first one. (torch's ``CubicSL`` counts them so too.)
         initial: s_i.
         power: 3 is the paper's, 1 a straight line.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     final: float
@@ -119,6 +122,9 @@ class OneShot(SparsitySchedule):
     Args:
         final: sparsity, below 1.
         step: at which; 0 prunes before the first step.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     final: float
@@ -158,6 +164,9 @@ class GeometricSchedule(SparsitySchedule):
         phases: how many.
         every: steps of a phase: the network is trained so long before the next update.
         begin: step of the first update.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     final: float

@@ -60,6 +60,9 @@ class SoupSettings:
             pruning took away. None for LLR.
         include: patterns of layers' names, see `apportion.weights.prunable`.
         exclude: patterns to leave out again.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     sparsity: float = 0.9
@@ -98,7 +101,11 @@ class SoupRecipe(ABC):
         """Train in place under the network's masks, as `apportion.weights.retraining.retrain` does."""
 
     def score(self, network: nn.Module) -> float:
-        """How good a network is on validation data; only greedy soups and the best branch ask."""
+        """How good a network is on validation data; only greedy soups and the best branch ask.
+
+        Raises:
+            InputError: the recipe does not define it.
+        """
         raise InputError(f"{type(self).__name__} has no score: define it to choose between branches")
 
     def calibration(self) -> Iterable[Any] | None:
@@ -195,7 +202,11 @@ class _Kitchen:
         self.processes, self.threads = processes, threads
 
     def check_folder(self, network: nn.Module, branches: Sequence[Branch]) -> None:
-        """Refuse a folder that holds something else."""
+        """Refuse a folder that holds something else.
+
+        Raises:
+            InputError: names what differs.
+        """
         if self.folder is None:
             return
         content = {
@@ -214,7 +225,11 @@ class _Kitchen:
         write_json(path, content)
 
     def retrained(self, pruned: nn.Module, branches: Sequence[Branch], phase: int) -> list[nn.Module]:
-        """A network for each branch, all of them with the masks they began with."""
+        """A network for each branch, all of them with the masks they began with.
+
+        Raises:
+            InputError: a branch changed its masks.
+        """
         if self.folder is None:
             candidates = [copy.deepcopy(pruned) for _ in branches]
             for candidate, branch in zip(candidates, branches, strict=True):

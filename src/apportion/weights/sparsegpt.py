@@ -35,6 +35,9 @@ class SparseGPT(OneShotMethod):
     Attributes:
         block: columns over which weights compete, and between whose ends later columns wait for their updates.
         damp: share of the mean diagonal that is added to the diagonal.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     block: int = 128
@@ -50,7 +53,11 @@ class SparseGPT(OneShotMethod):
             raise InputError(f"damp={self.damp}: at least 0, such as 0.01")
 
     def check(self, pattern: Pattern) -> None:
-        """Groups and blocks must not be cut by the 128 columns."""
+        """Groups and blocks must not be cut by the 128 columns.
+
+        Raises:
+            InputError: they would be, or groups lie along the outputs.
+        """
         size = pattern.m if isinstance(pattern, NofMPattern) else getattr(pattern, "width", 1)
         if self.block % size:
             raise InputError(

@@ -95,6 +95,9 @@ class WeightSparsity:
         n, m: weights that stay, of how many.
         forward: in FF, groups along the inputs.
         backward: in BP, groups along the outputs.
+
+    Raises:
+        InputError: a value that cannot work.
     """
 
     n: int
