@@ -275,11 +275,17 @@ def _main() -> None:
     parser.add_argument("--method", action="append", choices=("wanda", "sparsegpt"), required=True)
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--windows", type=int, nargs=2, default=(8, 256), metavar=("COUNT", "TOKENS"))
+    parser.add_argument("--evaluation-tokens", type=int, default=4000)
     parser.add_argument("--jittered", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     lm = load(given.model)
-    texts = [Text("code", samples=8, context=256, evaluation_tokens=4000, seed=seed) for seed in given.seeds]
+    samples, context = given.windows
+    texts = [
+        Text("code", samples=samples, context=context, evaluation_tokens=given.evaluation_tokens, seed=seed)
+        for seed in given.seeds
+    ]
     if given.jittered:
         for method in given.method:
             for text in texts:
