@@ -19,6 +19,7 @@ from apportion.ops.spmm import cpu
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
 from apportion.studies.flash_llm import torch_csr
 from apportion.weights.compression import compress, decompress
+from apportion.weights.sparse_linear import SparseLinear
 from benchmarks.registry import Case, Race, RacePlan, Sample, Unavailable, benchmark, timed
 
 _DENSE = "dense float32"
@@ -55,8 +56,8 @@ class _Weights:
     dense: list[Tensor]
     half: list[Tensor]
     torch_csr: list[Tensor]
-    bitmap: list[tuple[Tensor, Tensor, Tensor]]
-    bitmap_half: list[tuple[Tensor, Tensor, Tensor]]
+    packed: list[SparseLinear]
+    packed_half: list[SparseLinear]
     csr: list[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -71,8 +72,8 @@ def _weights(rows: int, columns: int, sparsity: float, layers: int) -> _Weights:
         found.dense.append(weight)
         found.half.append(half)
         found.torch_csr.append(torch_csr(weight))
-        found.bitmap.append(_read(Bitmap.pack(weight)))
-        found.bitmap_half.append(_read(Bitmap.pack(half)))
+        found.packed.append(SparseLinear(Bitmap.pack(weight)))
+        found.packed_half.append(SparseLinear(Bitmap.pack(half)))
         found.csr.append((narrow.starts.long(), narrow.columns, narrow.values))
     return found
 
@@ -80,13 +81,8 @@ def _weights(rows: int, columns: int, sparsity: float, layers: int) -> _Weights:
 def _race(rows: int, columns: int, sparsity: float, batch: int, smoke: bool) -> Race:
     layers = 2 if smoke else max(2, min(32, _COLD // (rows * columns * 4)))
     all_of = _weights(rows, columns, sparsity, layers)
-    dense, dense_half, bitmap, bitmap_half, csr = (
-        all_of.dense,
-        all_of.half,
-        all_of.bitmap,
-        all_of.bitmap_half,
-        all_of.csr,
-    )
+    dense, dense_half, csr = all_of.dense, all_of.half, all_of.csr
+    packed, packed_half = all_of.packed, all_of.packed_half
     x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(0))
     half = x.bfloat16()
 
@@ -107,17 +103,11 @@ def _race(rows: int, columns: int, sparsity: float, batch: int, smoke: bool) -> 
         Case(_DENSE, turn(lambda i: nn.functional.linear(x, dense[i])), "torch"),
         Case("dense bfloat16", turn(lambda i: nn.functional.linear(half, dense_half[i])), "torch, bfloat16 input"),
         Case("torch CSR", turn(by_csr), "float32, int64 columns"),
-        Case("bitmap float32", turn(lambda i: cpu.bitmap_matmul(x, *bitmap[i])), "the usual way"),
-        Case(
-            "bitmap bfloat16", turn(lambda i: cpu.bitmap_matmul(x, *bitmap_half[i])), "bfloat16 values, float32 input"
-        ),
+        Case("packed float32", turn(lambda i: packed[i](x)), "SparseLinear, called as a module"),
+        Case("packed bfloat16", turn(lambda i: packed_half[i](x)), "bfloat16 values, float32 input"),
         Case("csr float32", turn(lambda i: cpu.csr_narrow_matmul(x, *csr[i])), "16-bit columns"),
     ]
     return Race(cases, _DENSE)
-
-
-def _read(packed: Bitmap) -> tuple[Tensor, Tensor, Tensor]:
-    return packed.words(), packed.starts(), packed.values
 
 
 @benchmark("sparse_decode", "how fast does a pruned model write?", rounds=15, share=1)

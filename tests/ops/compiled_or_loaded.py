@@ -8,8 +8,9 @@ import torch
 from apportion.ops.adam import adam_step_, project_rows_
 from apportion.ops.csr import csr_matmul
 from apportion.ops.encode import encode_select
-from apportion.ops.spmm import bitmap_matmul, cpu, csr_narrow_matmul
+from apportion.ops.spmm import bitmap_matmul, cpu, csr_narrow_matmul, tile_product, tiles_matmul
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
+from apportion.ops.spmm.tiles import Tiles
 
 RULES = {"rows": (4, None), "total": (400, None), "columns": (0, torch.full((64,), 9)), "above": (0, torch.ones(64))}
 
@@ -39,6 +40,10 @@ def main() -> None:
         for way in cpu.WAYS:
             output = bitmap_matmul(x[:5], sparse.words(), sparse.starts(), sparse.values, way)
             found[f"bitmap {way}, width {width}"] = checksum(output)
+        tiles = Tiles.pack(weight.relu()).tensors()
+        for way in tile_product.WAYS:
+            output = tiles_matmul(x[:5], **tiles, rows=len(weight), way=way)
+            found[f"tiles {way}, width {width}"] = checksum(output)
         output = csr_narrow_matmul(x[:1], csr.starts.long(), csr.columns, csr.values)
         found[f"narrow CSR, width {width}"] = checksum(output)
     print(json.dumps(found))

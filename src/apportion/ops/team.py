@@ -12,14 +12,15 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import no_type_check
+from typing import Any, no_type_check
 
+import numba
 import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-ARGUMENTS = 16
+ARGUMENTS = 17
 Arguments = ctypes.c_int64 * ARGUMENTS
 """What a function of a team is told: the next task first (0), then sizes and addresses."""
 
@@ -57,14 +58,37 @@ def run_on_team(function: int, *arguments: int) -> None:
         arguments: what it is told after the number of the next task; whoever calls keeps what they point to alive.
     """
     told = Arguments(0, *arguments)
-    start = _parallel()
-    if start is None:
-        _CALL(function)(ctypes.addressof(told))
+    start(function, ctypes.addressof(told), torch.get_num_threads())
+
+
+def start(function: int, told: int, threads: int) -> None:
+    """As `run_on_team`, for whoever keeps arguments: the first must be 0 again before each call.
+
+    Args:
+        function: address of a ``numba.cfunc`` of `SIGNATURE`.
+        told: address of `Arguments`.
+        threads: how many run it.
+    """
+    parallel = _parallel() if threads > 1 else None
+    if parallel is None:
+        _alone(function)(told)
     else:
-        start(function, ctypes.addressof(told), torch.get_num_threads(), 0)
+        parallel(function, told, threads, 0)
 
 
-_CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_COMPILED: dict[Any, Any] = {}
+
+
+@functools.cache
+def address_of(function: Callable[..., None]) -> int:
+    """A function for a team, compiled when it is first wanted."""
+    _COMPILED[function] = numba.cfunc(SIGNATURE, cache=True)(function)  # kept: an address keeps nothing alive
+    return int(_COMPILED[function].address)
+
+
+@functools.cache
+def _alone(function: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
 
 
 @functools.cache

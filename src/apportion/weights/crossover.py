@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apportion.ops.spmm import runs_compiled
+from apportion.ops.spmm import runs_compiled, runs_tiles
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
+from apportion.ops.spmm.tiles import Tiles
 from apportion.ops.spmm.vector import has_expand
 
 COUNTS = (1, 4, 16, 64)
@@ -23,7 +24,8 @@ class Crossover:
     What is measured lies in the cache if it fits; in a model it mostly does not, and then less is gained by dense.
 
     Attributes:
-        seconds: by number of rows, then by way: ``dense``, the ways of a bitmap, and ``csr``.
+        seconds: by number of rows, then by way: ``dense``, ``csr``, and the ways to read a bitmap, or what lies in its
+            place in memory (`SparseLinear`).
     """
 
     seconds: dict[int, dict[str, float]]
@@ -36,9 +38,12 @@ class Crossover:
 
     def way(self, count: int) -> str:
         """The fastest way to read a bitmap for so many rows."""
-        near = next((each for each in COUNTS if count <= each), COUNTS[-1])
-        ways = _of_a_bitmap(self.seconds[near])
-        return min(ways, key=ways.__getitem__)
+        return self._fastest[next((each for each in COUNTS if count <= each), COUNTS[-1])]
+
+    @functools.cached_property
+    def _fastest(self) -> dict[int, str]:
+        ways = {count: _of_a_bitmap(self.seconds[count]) for count in COUNTS}
+        return {count: min(took, key=took.__getitem__) for count, took in ways.items()}
 
     def gain(self, count: int = 1) -> float:
         """How many times faster than dense the best way is, for a number of rows that was measured."""
@@ -70,6 +75,11 @@ def _measured(rows: int, columns: int, dtype: torch.dtype, share: int, threads: 
     weight = (weight * (torch.rand(rows, columns, generator=draw) >= share / 20)).to(dtype)
     bitmap, csr = Bitmap.pack(weight), NarrowCSR.pack(weight)
     words, starts, csr_starts = bitmap.words(), bitmap.starts(), csr.starts.long()
+    tiles = runs_tiles(weight)
+    if tiles:
+        from apportion.ops.spmm.tile_product import WAYS, TileProduct
+
+        product = TileProduct(Tiles.pack(weight))
     seconds: dict[int, dict[str, float]] = {}
     for count in COUNTS:
         x = torch.randn(count, columns, generator=draw)
@@ -78,7 +88,9 @@ def _measured(rows: int, columns: int, dtype: torch.dtype, share: int, threads: 
             "dense": lambda x=narrow: torch.nn.functional.linear(x, weight),  # type: ignore[misc]
             "csr": lambda x=x: cpu.csr_narrow_matmul(x, csr_starts, csr.columns, csr.values),  # type: ignore[misc]
         }
-        for way in cpu.WAYS if has_expand() else cpu.WAYS[1:]:
+        for way in WAYS if tiles else ():
+            ways[way] = lambda x=x, way=way: product(x, way)  # type: ignore[misc]
+        for way in () if tiles else cpu.WAYS if has_expand() else cpu.WAYS[1:]:
             ways[way] = lambda x=x, way=way: cpu.bitmap_matmul(x, words, starts, bitmap.values, way)  # type: ignore[misc]
         for run in ways.values():
             run()  # compiled, and warm

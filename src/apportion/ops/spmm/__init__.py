@@ -3,6 +3,7 @@
 | op | ``W`` is packed as | for |
 |---|---|---|
 | ``bitmap_matmul`` | bits and values (`formats.Bitmap`) | unstructured zeros, and N:M |
+| ``tiles_matmul`` | values sorted for a CPU's vectors (`tiles.Tiles`) | the same, a little larger and faster there |
 | ``csr_narrow_matmul`` | 16-bit columns and values (`formats.NarrowCSR`) | hardly anything left |
 | ``block_matmul`` | whole blocks (`formats.Blocks`) | block-sparse weights |
 
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from apportion.ops.spmm import reference
+from apportion.ops.spmm.tiles import COLUMNS, ROWS, Tiles
 from apportion.ops.triton_support import triton_is_missing
 
-__all__ = ["bitmap_matmul", "block_matmul", "csr_narrow_matmul", "runs_compiled"]
+__all__ = ["bitmap_matmul", "block_matmul", "csr_narrow_matmul", "runs_compiled", "tiles_matmul"]
 
 
 def runs_compiled(x: Tensor, values: Tensor) -> bool:
@@ -27,6 +29,15 @@ def runs_compiled(x: Tensor, values: Tensor) -> bool:
     if values.dtype not in (torch.float32, torch.bfloat16) or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     return x.device.type == "cpu" or (x.device.type == "cuda" and not triton_is_missing())
+
+
+def runs_tiles(values: Tensor) -> bool:
+    """Whether there is a kernel for tiles of these values here: in the CPU's memory, and with instructions for it."""
+    if values.dtype not in (torch.float32, torch.bfloat16) or values.device.type != "cpu":
+        return False
+    from apportion.ops.spmm.tile_vector import has_lookup
+
+    return has_lookup()
 
 
 @torch.library.custom_op("apportion::bitmap_matmul", mutates_args=())
@@ -85,6 +96,41 @@ def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> 
         ValueError: tensors that do not belong together.
     """
     return reference.block_matmul(x, starts, columns, blocks)
+
+
+@torch.library.custom_op("apportion::tiles_matmul", mutates_args=())
+def tiles_matmul(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    counts: Tensor,
+    fours: Tensor,
+    lanes: Tensor,
+    starts: Tensor,
+    rows: int,
+    way: str | None = None,
+) -> Tensor:
+    """``x @ W.T`` with tiles.
+
+    Args:
+        x: [count, columns].
+        values: those of `tiles.Tiles`, as are the next five.
+        places: uint8.
+        counts: uint8.
+        fours: uint8.
+        lanes: uint8.
+        starts: int64.
+        rows: of ``W``.
+        way: ``tiles`` or ``panels`` instead of what is usually faster.
+
+    Returns:
+        [count, rows] in the type of ``x``.
+
+    Raises:
+        ValueError: tensors that do not belong together.
+    """
+    tiles = Tiles((rows, x.shape[1]), values, places, counts, fours, lanes, starts)
+    return reference.tiles_matmul(x, tiles)
 
 
 def _check(x: Tensor, starts: Tensor, rows: int, values: Tensor, *others: Tensor) -> None:
@@ -156,6 +202,54 @@ def _(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
     return cpu.block_matmul(x, starts, columns, blocks)
 
 
+def check_tiles(tiles: Tiles) -> None:
+    """What kernels take for granted of the parts, since they read memory by its address.
+
+    Raises:
+        ValueError: a part has another type or size.
+    """
+    down, across = -(-tiles.shape[0] // ROWS), -(-tiles.shape[1] // COLUMNS)
+    wanted: dict[str, tuple[int, ...]] = {
+        "places": (len(tiles.values),),
+        "counts": (tiles.counts.numel(),),
+        "fours": (down * across,),
+    }
+    wanted |= {"lanes": (down * across, ROWS), "starts": (down + 1, 2), "values": (len(tiles.values),)}
+    for name, each in tiles.tensors().items():
+        dtype = {"values": tiles.values.dtype, "starts": torch.int64}.get(name, torch.uint8)
+        if each.dtype != dtype or tuple(each.shape) != wanted[name]:
+            raise ValueError(
+                f"{name} is {each.dtype} {tuple(each.shape)}: {dtype} {wanted[name]} is needed for a matrix "
+                f"{tiles.shape}"
+            )
+        if not each.is_contiguous() or each.device != tiles.values.device:
+            raise ValueError("every part of the packed weight must lie in one piece on one device")
+
+
+@tiles_matmul.register_kernel("cpu")
+def _(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    counts: Tensor,
+    fours: Tensor,
+    lanes: Tensor,
+    starts: Tensor,
+    rows: int,
+    way: str | None = None,
+) -> Tensor:
+    tiles = Tiles((rows, x.shape[1]), values, places, counts, fours, lanes, starts)
+    check_tiles(tiles)
+    if way not in (None, "tiles", "panels"):
+        raise ValueError(f"way {way!r}: tiles or panels")
+    if not runs_tiles(values) or x.dtype not in (torch.float32, torch.bfloat16) or not x.shape[1]:
+        return reference.tiles_matmul(x, tiles)
+    from apportion.ops.spmm.tile_product import TileProduct
+
+    product = TileProduct(tiles)
+    return product.half(x, way) if x.dtype == torch.bfloat16 else product(x.contiguous(), way)
+
+
 @bitmap_matmul.register_kernel("cuda")
 def _(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None = None) -> Tensor:
     _check_bitmap(x, bits, starts, values, way)
@@ -179,6 +273,21 @@ def _(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> Tensor:
 @bitmap_matmul.register_fake
 def _(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: str | None = None) -> Tensor:
     return x.new_empty(x.shape[0], bits.shape[0])
+
+
+@tiles_matmul.register_fake
+def _(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    counts: Tensor,
+    fours: Tensor,
+    lanes: Tensor,
+    starts: Tensor,
+    rows: int,
+    way: str | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
 
 
 @csr_narrow_matmul.register_fake

@@ -13,8 +13,7 @@ A CSR with 16-bit column numbers needs no looking up, and block-sparse rows are 
 each output row, so sums have one order whatever the threads.
 """
 
-import functools
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -34,7 +33,7 @@ from apportion.ops.spmm.vector import (
     trailing_zeros,
     wide_sum,
 )
-from apportion.ops.team import SIGNATURE, pointer_to, run_on_team, take_task
+from apportion.ops.team import address_of, pointer_to, run_on_team, take_task
 
 _FAST = {"reassoc", "contract", "nsz"}
 WAYS = ("expand", "nonzeros", "panels")
@@ -288,19 +287,9 @@ def _blocks_bfloat16(told):
     _block_rows(told, carray(pointer_to(told[_VALUES]), told[_ENTRIES], np.uint16))
 
 
-_KERNELS: dict[str, Any] = {}
-
-
-@functools.cache
-def _address(kernel: str, values: torch.dtype) -> int:
-    """A kernel for a team and a type of values, compiled when it is first wanted."""
-    name = kernel.format("bfloat16" if values == torch.bfloat16 else "float32")
-    _KERNELS[name] = numba.cfunc(SIGNATURE, cache=True)(globals()[name])  # kept: an address keeps nothing alive
-    return int(_KERNELS[name].address)
-
-
 def _run(kernel: str, values: Tensor, *told: int) -> None:
-    run_on_team(_address(kernel, values.dtype), *told)
+    function = globals()[kernel.format("bfloat16" if values.dtype == torch.bfloat16 else "float32")]
+    run_on_team(address_of(function), *told)
 
 
 def _per_task(rows: int) -> int:

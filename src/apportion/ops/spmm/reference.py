@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from apportion.ops.spmm.tiles import Tiles
+
 
 def unpack_bitmap(bits: Tensor, values: Tensor, columns: int) -> Tensor:
     """The matrix [rows, columns] of words of a bitmap and its values."""
@@ -31,6 +33,11 @@ def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> 
     weight = blocks.new_zeros(starts.shape[0] - 1, x.shape[1] // width, height, width)
     weight[torch.repeat_interleave(starts.diff()), columns.long()] = blocks
     return _product(x, weight.transpose(1, 2).flatten(2).flatten(0, 1))
+
+
+def tiles_matmul(x: Tensor, tiles: Tiles) -> Tensor:
+    """``x @ W.T``."""
+    return _product(x, tiles.unpack())
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
