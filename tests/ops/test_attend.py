@@ -183,4 +183,4 @@ def test_the_composition_equals_the_reference(name: str, dtype: torch.dtype) -> 
 def test_torch_knows_the_op(dtype: torch.dtype, softcap: float | None) -> None:
     case = make_case(Shape()).to(dtype)
     leaves = [each.requires_grad_() for each in case[:3]]
-    torch.library.opcheck(attend_selected, (*leaves, case.indices, case.kept, 0.3, softcap))
+    torch.library.opcheck(torch.ops.apportion.attend_selected.default, (*leaves, case.indices, case.kept, 0.3, softcap))

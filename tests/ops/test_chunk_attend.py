@@ -124,5 +124,7 @@ def test_tables_are_read_as_they_lie(dtype: torch.dtype) -> None:
 
 
 def test_torch_knows_the_op() -> None:
-    torch.library.opcheck(attend_chunks, tuple(make_case(Shape(), torch.float32)))
-    torch.library.opcheck(attend_chunks, tuple(make_case(Shape(rank=None, exact=()), torch.float32)))
+    torch.library.opcheck(torch.ops.apportion.attend_chunks.default, tuple(make_case(Shape(), torch.float32)))
+    torch.library.opcheck(
+        torch.ops.apportion.attend_chunks.default, tuple(make_case(Shape(rank=None, exact=()), torch.float32))
+    )

@@ -129,7 +129,7 @@ def test_an_unknown_agreement_is_refused() -> None:
 def test_torch_knows_the_ops() -> None:
     queries, labels = make_case(Shape(), False)
     codes, ranges = pack_labels(labels, 4)
-    torch.library.opcheck(choose_by_labels, (queries, codes, ranges, 4, 5, 1, 1, 3, "max"))
-    torch.library.opcheck(choose_by_labels, (queries, labels, None, 16, 5, 1, 1, 3, "head"))
+    torch.library.opcheck(torch.ops.apportion.choose_by_labels.default, (queries, codes, ranges, 4, 5, 1, 1, 3, "max"))
+    torch.library.opcheck(torch.ops.apportion.choose_by_labels.default, (queries, labels, None, 16, 5, 1, 1, 3, "head"))
     candidates = torch.ones(labels.shape[:3], dtype=torch.bool)
-    torch.library.opcheck(choose_chunks, (queries, labels, candidates, 5, 0.3, None))
+    torch.library.opcheck(torch.ops.apportion.choose_chunks.default, (queries, labels, candidates, 5, 0.3, None))

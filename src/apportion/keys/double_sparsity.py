@@ -38,7 +38,7 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.labels import LABEL_BITS, LabelTable
 from apportion.keys.selecting import SelectingMethod
-from apportion.keys.selection import KeySelection
+from apportion.keys.selection import KeySelection, WholeLists
 from apportion.keys.selectors import TopKeys, across_group, best_tokens, visible
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, encode_texts, part_of, watch_steps
@@ -130,12 +130,12 @@ class LabelSelector(TopKeys):
     def select(self, step: Step, store: Store) -> KeySelection | None:
         count = self.budget.tokens(store.length)
         one = step.new == 1 and self.group in GROUPS and count < store.length
-        if not one or not bool(store.real.all()):
+        if not one or not store.all_real:
             return super().select(step, store)
         asked = self.pick_channels(step.queries)
         groups = step.keys.shape[1]
         chosen = self.labels.choose(asked, count, self.budget, groups, self.group if step.group > 1 else "head")
-        return KeySelection(chosen, torch.ones_like(chosen, dtype=torch.bool))
+        return WholeLists(chosen)
 
     @override
     def scores(self, step: Step, store: Store) -> Float[Tensor, "batch heads new tokens"]:

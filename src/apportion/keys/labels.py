@@ -7,7 +7,14 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.stores import Growing
 from apportion.ops.key_choice import choose_by_labels
-from apportion.ops.label_scores import BITS, label_scores, pack_labels, packed_label_scores, unpack_labels
+from apportion.ops.label_scores import (
+    BITS,
+    label_scores,
+    pack_labels,
+    pack_labels_into,
+    packed_label_scores,
+    unpack_labels,
+)
 
 LABEL_BITS = (*BITS, 16)
 
@@ -44,6 +51,10 @@ class LabelTable:
         if self.bits == 16:
             short = labels if labels.element_size() == 2 else labels.half()
             self._labels.append(short.transpose(2, 3).contiguous())
+            return
+        if self._labels.length:
+            rooms = (each.more(labels.shape[2]).transpose(2, 3) for each in (self._labels, self._ranges))
+            pack_labels_into(labels, self.bits, *rooms)
             return
         codes, ranges = pack_labels(labels, self.bits)
         self._labels.append(codes.transpose(2, 3).contiguous())

@@ -10,7 +10,7 @@ from typing_extensions import override
 from apportion.errors import InputError
 from apportion.keys.budget import Usage
 from apportion.keys.chunks import ChunkedStore, ChunkSelection
-from apportion.keys.selection import KeySelection
+from apportion.keys.selection import KeySelection, WholeLists
 from apportion.keys.selectors import Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.models.key_memory import LayerFacts, LayerMemory, Step
@@ -97,15 +97,15 @@ class ComposedMemory(LayerMemory):
             mixed = attend_masked(queries, keys, values, mask, step.scaling, step.softcap)
         else:
             keys, values = self.store.read()
-            chosen = (selection.indices, selection.kept)
-            mixed = attend_selected(queries, keys, values, *chosen, step.scaling, step.softcap)
+            kept = None if isinstance(selection, WholeLists) else selection.kept
+            mixed = attend_selected(queries, keys, values, selection.indices, kept, step.scaling, step.softcap)
         self._account(step, selection)
         return self.store.outputs(mixed)
 
     def take_in(self, step: Step) -> None:
         """Remember tokens whose queries nobody asks for: those of a prompt that was read by another memory."""
         self._batch = len(step.keys)
-        self._padded = self._padded or not bool(step.real.all())
+        self._padded = self._padded or not step.all_real
         self._seen += step.new
         self.store.append(step)
         if self.selector is not None:

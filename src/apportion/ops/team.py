@@ -10,6 +10,8 @@ that cannot be had (torch without GNU or Intel OpenMP), the calling thread runs 
 import ctypes
 import functools
 import importlib.util
+import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import no_type_check
@@ -18,8 +20,9 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from torch import Tensor
 
-ARGUMENTS = 16
+ARGUMENTS = 64
 Arguments = ctypes.c_int64 * ARGUMENTS
 """What a function of a team is told: the next task first (0), then sizes and addresses."""
 
@@ -40,6 +43,18 @@ def take_task(typing_context, arguments):
 
 @intrinsic
 @no_type_check
+def count_up(typing_context, address):
+    """The int64 at an address, counted up for everybody at once; what others wrote before they counted is seen."""
+
+    def generate(context, builder, signature, values):
+        counter = builder.inttoptr(values[0], ir.PointerType(ir.IntType(64)))
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "acq_rel")
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+@no_type_check
 def pointer_to(typing_context, address):
     """An address as a pointer, for ``numba.carray``."""
 
@@ -47,6 +62,22 @@ def pointer_to(typing_context, address):
         return builder.inttoptr(values[0], ir.PointerType(ir.IntType(8)))
 
     return types.voidptr(types.int64), generate
+
+
+def as_bits(value: float) -> int:
+    """A number as a function of a team is told it: the bits of a float32, for `numbers.float_of`."""
+    return int(_BITS.unpack(_FLOAT.pack(value))[0])
+
+
+def scratch(count: int) -> Tensor:
+    """At least so many float32 to write to: the same ones at every call of a thread, since new memory is slow at first.
+
+    Whoever calls must be done with them before anybody else on this thread can call.
+    """
+    found: Tensor | None = getattr(_OWN, "memory", None)
+    if found is None or found.numel() < count:
+        found = _OWN.memory = torch.empty(count)
+    return found
 
 
 def run_on_team(function: int, *arguments: int) -> None:
@@ -64,6 +95,8 @@ def run_on_team(function: int, *arguments: int) -> None:
         start(function, ctypes.addressof(told), torch.get_num_threads(), 0)
 
 
+_FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
+_OWN = threading.local()
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

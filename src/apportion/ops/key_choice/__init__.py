@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
+from apportion.ops.direct import runs_directly
 from apportion.ops.key_choice import reference
 
 __all__ = ["GROUPS", "choose_by_labels", "choose_chunks"]
@@ -16,7 +17,6 @@ __all__ = ["GROUPS", "choose_by_labels", "choose_chunks"]
 GROUPS = ("head", "max", "mean")
 
 
-@torch.library.custom_op("apportion::choose_by_labels", mutates_args=())
 def choose_by_labels(
     queries: Tensor,
     labels: Tensor,
@@ -44,12 +44,35 @@ def choose_by_labels(
 
     Returns:
         int64 [batch, heads or groups, count], in ascending order.
+
+    Raises:
+        InputError: no such ``group``.
     """
-    _check(group)
+    if group not in GROUPS:
+        raise InputError(f"group={group!r}: one of {', '.join(GROUPS)}")
+    if runs_directly(queries, labels):
+        from apportion.ops.key_choice import cpu
+
+        return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
+    return _choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
+
+
+@torch.library.custom_op("apportion::choose_by_labels", mutates_args=())
+def _choose_by_labels(
+    queries: Tensor,
+    labels: Tensor,
+    ranges: Tensor | None,
+    bits: int,
+    count: int,
+    sinks: int,
+    recent: int,
+    groups: int,
+    group: str,
+) -> Tensor:
     return reference.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
 
 
-@choose_by_labels.register_kernel("cpu")
+@_choose_by_labels.register_kernel("cpu")
 def _(
     queries: Tensor,
     labels: Tensor,
@@ -63,11 +86,10 @@ def _(
 ) -> Tensor:
     from apportion.ops.key_choice import cpu
 
-    _check(group)
     return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
 
 
-@choose_by_labels.register_fake
+@_choose_by_labels.register_fake
 def _(
     queries: Tensor,
     labels: Tensor,
@@ -83,14 +105,8 @@ def _(
     return queries.new_empty(queries.shape[0], lists, count, dtype=torch.int64)
 
 
-@torch.library.custom_op("apportion::choose_chunks", mutates_args=())
 def choose_chunks(
-    queries: Tensor,
-    means: Tensor,
-    candidates: Tensor,
-    count: int,
-    scaling: float,
-    softcap: float | None = None,
+    queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """The chunks whose mean keys some head of a key-value head wants most, as a softmax over the candidates says.
 
@@ -105,10 +121,21 @@ def choose_chunks(
     Returns:
         int64 [batch, groups, count], in ascending order; of equal chunks the earlier ones.
     """
+    if runs_directly(queries, means):
+        from apportion.ops.key_choice import cpu
+
+        return cpu.choose_chunks(queries, means, candidates, count, scaling, softcap)
+    return _choose_chunks(queries, means, candidates, count, scaling, softcap)
+
+
+@torch.library.custom_op("apportion::choose_chunks", mutates_args=())
+def _choose_chunks(
+    queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
+) -> Tensor:
     return reference.choose_chunks(queries, means, candidates, count, scaling, softcap)
 
 
-@choose_chunks.register_kernel("cpu")
+@_choose_chunks.register_kernel("cpu")
 def _(
     queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
@@ -117,13 +144,8 @@ def _(
     return cpu.choose_chunks(queries, means, candidates, count, scaling, softcap)
 
 
-@choose_chunks.register_fake
+@_choose_chunks.register_fake
 def _(
     queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
     return queries.new_empty(*means.shape[:2], count, dtype=torch.int64)
-
-
-def _check(group: str) -> None:
-    if group not in GROUPS:
-        raise InputError(f"group={group!r}: one of {', '.join(GROUPS)}")

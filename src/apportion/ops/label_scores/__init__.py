@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
+from apportion.ops.direct import runs_directly
 from apportion.ops.label_scores import reference
 from apportion.ops.triton_support import triton_is_missing
 
-__all__ = ["BITS", "label_scores", "pack_labels", "packed_label_scores", "unpack_labels"]
+__all__ = ["BITS", "label_scores", "pack_labels", "pack_labels_into", "packed_label_scores", "unpack_labels"]
 
 BITS = (2, 4, 8)
 
@@ -104,6 +105,24 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
         return cpu.pack_labels(labels, bits)
     return reference.pack_labels(labels, bits)
+
+
+def pack_labels_into(labels: Tensor, bits: int, codes: Tensor, ranges: Tensor) -> None:
+    """The same, written to where codes and ranges are kept, which may lie as they like.
+
+    Args:
+        labels: see `pack_labels`.
+        bits: see `pack_labels`.
+        codes: uint8 [batch, rows, tokens, packed], written over.
+        ranges: float32 [batch, rows, tokens, 2], written over.
+    """
+    if bits in BITS and runs_directly(labels.detach(), codes, ranges):
+        from apportion.ops.label_scores import cpu
+
+        cpu.pack_labels_into(labels, bits, codes, ranges)
+        return
+    for room, packed in zip((codes, ranges), pack_labels(labels, bits), strict=True):
+        room.copy_(packed)
 
 
 def unpack_labels(codes: Tensor, ranges: Tensor, bits: int, channels: int) -> Tensor:

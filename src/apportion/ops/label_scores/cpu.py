@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from apportion.ops.label_scores import reference
+from apportion.ops.label_scores.vector import score_codes
 from apportion.ops.numbers import flat, number
 from apportion.ops.threads import matching_threads
 
@@ -56,57 +57,59 @@ def _score(query, memory, start, step, channels, scores):
             )
 
 
-@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+@numba.njit(cache=True)
 @no_type_check
-def _label_scores(queries, channels, labels, steps, rows, tile, out):
-    """``out[row, query, token]``: products of the queries of a row with its labels."""
-    tokens = out.shape[2]
-    tiles = (tokens + tile - 1) // tile
-    for task in numba.prange(out.shape[0] * tiles):
-        row, first = task // tiles, task % tiles * tile
-        size = min(tile, tokens - first)
-        start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
-        memory, start, step = _planar(labels, start, size, steps, channels)
-        for query in range(out.shape[1]):
-            _score(queries[row, query], memory, start, step, channels, out[row, query, first : first + size])
+def score_plain(queries, channels, labels, start, steps, out, to, out_step, size):
+    """Products of queries with a tile of ``size`` labels: query ``i``'s from ``out[to + i * out_step]`` on."""
+    memory, at, step = _planar(labels, start, size, steps, channels)
+    for query in range(queries.shape[0]):
+        first = to + query * out_step
+        _score(queries[query], memory, at, step, channels, out[first : first + size])
 
 
 @numba.njit(cache=True)
 @no_type_check
-def _unpacked(memory, start, step, size, bits, channels):
-    """The codes of a tile as numbers, planar."""
-    in_byte, mask = 8 // bits, np.uint8(2**bits - 1)
-    own = np.empty(channels * size, np.float32)
-    for channel in range(channels):
-        at = start + channel // in_byte * step
-        packed, shift = memory[at : at + size], np.uint8(channel % in_byte * bits)
-        codes = own[channel * size : (channel + 1) * size]
-        for token in range(size):
-            codes[token] = np.float32((packed[token] >> shift) & mask)
-    return own
-
-
-@numba.njit(parallel=True, fastmath=_FAST, cache=True)
-@no_type_check
-def _packed_label_scores(queries, channels, codes, code_steps, ranges, range_steps, bits, rows, tile, out):
+def score_packed(
+    queries, channels, codes, start, steps, ranges, range_start, range_steps, bits, out, to, out_step, size
+):  # fmt: skip
     """The same by codes: ``minimum * sum of the query + step * sum of query times code``."""
-    tokens, planes = out.shape[2], (channels * bits + 7) // 8
+    planes = (channels * bits + 7) // 8
+    memory, at, step = _planar(codes, start, size, steps, planes)
+    bounds, lows, range_step = _planar(ranges, range_start, size, range_steps, 2)
+    for query in range(queries.shape[0]):
+        asked = queries[query]
+        score_codes(
+            asked,
+            asked.sum(), planes, bits, memory, at, step, bounds, lows, lows + range_step, size, out,
+            to + query * out_step,
+        )  # fmt: skip
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _label_scores(queries, channels, labels, steps, rows, tile, tokens, out):
+    """``out[row, query, token]``, in one dimension: products of the queries of a row with its labels."""
     tiles = (tokens + tile - 1) // tile
-    for task in numba.prange(out.shape[0] * tiles):
+    for task in numba.prange(queries.shape[0] * tiles):
         row, first = task // tiles, task % tiles * tile
-        size = min(tile, tokens - first)
-        start = row // rows * code_steps[0] + row % rows * code_steps[1] + first * code_steps[2]
-        memory, start, step = _planar(codes, start, size, code_steps, planes)
-        unpacked = _unpacked(memory, start, step, size, bits, channels)
-        start = row // rows * range_steps[0] + row % rows * range_steps[1] + first * range_steps[2]
-        bounds, start, step = _planar(ranges, start, size, range_steps, 2)
-        lows, widths = bounds[start : start + size], bounds[start + step : start + step + size]
-        for query in range(out.shape[1]):
-            scores = out[row, query, first : first + size]
-            _score(queries[row, query], unpacked, 0, size, channels, scores)
-            total = queries[row, query].sum()
-            for token in range(size):
-                scores[token] = total * lows[token] + widths[token] * scores[token]
+        start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
+        to, size = row * queries.shape[1] * tokens + first, min(tile, tokens - first)
+        score_plain(queries[row], channels, labels, start, steps, out, to, tokens, size)
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _packed_label_scores(queries, channels, codes, steps, ranges, range_steps, bits, rows, tile, tokens, out):
+    """The same by codes."""
+    tiles = (tokens + tile - 1) // tile
+    for task in numba.prange(queries.shape[0] * tiles):
+        row, first = task // tiles, task % tiles * tile
+        start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
+        range_start = row // rows * range_steps[0] + row % rows * range_steps[1] + first * range_steps[2]
+        to, size = row * queries.shape[1] * tokens + first, min(tile, tokens - first)
+        score_packed(
+            queries[row], channels, codes, start, steps, ranges, range_start, range_steps, bits, out, to, tokens, size
+        )
 
 
 @numba.njit(cache=True)
@@ -157,6 +160,24 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, ranges
 
 
+@numba.njit(cache=True)
+@no_type_check
+def _pack_into(labels, bits, codes, ranges):
+    own = np.empty(codes.shape[3], np.uint8)
+    for batch in range(labels.shape[0]):
+        for row in range(labels.shape[1]):
+            for token in range(labels.shape[2]):
+                own[:] = 0
+                low, step = pack_label(labels[batch, row, token], bits, own)
+                codes[batch, row, token] = own
+                ranges[batch, row, token, 0], ranges[batch, row, token, 1] = low, step
+
+
+def pack_labels_into(labels: Tensor, bits: int, codes: Tensor, ranges: Tensor) -> None:
+    """See ``apportion.ops.label_scores.pack_labels_into``; meant for a few tokens, which one thread packs."""
+    _pack_into(labels.detach().float().contiguous().numpy(), bits, codes.numpy(), ranges.numpy())
+
+
 def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
     """See ``apportion.ops.label_scores.label_scores``."""
     batch, heads, new, channels = queries.shape
@@ -173,7 +194,9 @@ def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
     wanted = _padded(queries, rows)
     out = torch.empty(batch * rows, wanted.shape[1], tokens)
     with matching_threads():
-        _label_scores(wanted.numpy(), channels, flat(labels), labels.stride(), rows, _TILE, out.numpy())
+        _label_scores(
+            wanted.numpy(), channels, flat(labels), labels.stride(), rows, _TILE, tokens, out.view(-1).numpy()
+        )
     return out.view(batch, heads, new, tokens)
 
 
@@ -196,7 +219,8 @@ def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: in
             bits,
             rows,
             _TILE,
-            out.numpy(),
+            tokens,
+            out.view(-1).numpy(),
         )
     return out.view(batch, heads, new, tokens)
 
