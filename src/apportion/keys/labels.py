@@ -10,8 +10,8 @@ from apportion.ops.key_choice import choose_by_labels
 from apportion.ops.label_scores import (
     BITS,
     label_scores,
+    pack_channels_into,
     pack_labels,
-    pack_labels_into,
     packed_label_scores,
     unpack_labels,
 )
@@ -52,13 +52,19 @@ class LabelTable:
             short = labels if labels.element_size() == 2 else labels.half()
             self._labels.append(short.transpose(2, 3).contiguous())
             return
-        if self._labels.length:
-            rooms = (each.more(labels.shape[2]).transpose(2, 3) for each in (self._labels, self._ranges))
-            pack_labels_into(labels, self.bits, *rooms)
-            return
         codes, ranges = pack_labels(labels, self.bits)
         self._labels.append(codes.transpose(2, 3).contiguous())
         self._ranges.append(ranges.transpose(2, 3).contiguous())
+
+    def append_one(self, vectors: Float[Tensor, "batch heads 1 width"], places: Int[Tensor, " all_channels"]) -> None:
+        """Add that of one token, whose channels are numbers of its vectors; see `pack_channels_into`."""
+        if self.bits == 16 or not self._labels.length:
+            picked = vectors.flatten(1).index_select(1, places)
+            self.append(picked.view(len(vectors), -1, 1, self.channels))
+            return
+        codes, token = self._labels.more(1)
+        ranges, _ = self._ranges.more(1)
+        pack_channels_into(vectors, places, self.bits, codes.transpose(2, 3), ranges.transpose(2, 3), token)
 
     def scores(self, queries: Float[Tensor, "batch heads new channels"]) -> Float[Tensor, "batch heads new tokens"]:
         """Products of queries, in the labels' channels, with all labels; below 16 bits queries are rounded alike."""

@@ -35,10 +35,11 @@ class Growing:
         elif newest.requires_grad or self._room.requires_grad:
             self.keep(torch.cat([self.view, newest], dim=self.dim))
         else:
-            self.more(newest.shape[self.dim]).copy_(newest)
+            room, start = self.more(newest.shape[self.dim])
+            room.narrow(self.dim, start, newest.shape[self.dim]).copy_(newest)
 
-    def more(self, count: int) -> Tensor:
-        """Room for so many tokens at the end, which whoever asks will write at once."""
+    def more(self, count: int) -> tuple[Tensor, int]:
+        """Room for so many tokens at the end, which whoever asks will write at once: in what, and from where on."""
         assert self._room is not None, "nothing was appended yet"
         start, length = self.length, self.length + count
         if length > self._room.shape[self.dim]:
@@ -48,7 +49,7 @@ class Growing:
             room.narrow(self.dim, 0, start).copy_(self.view)
             self._room = room
         self.length, self._view = length, None
-        return self._room.narrow(self.dim, start, count)
+        return self._room, start
 
     @property
     def view(self) -> Tensor:

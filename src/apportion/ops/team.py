@@ -16,9 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import no_type_check
 
+import numba
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
@@ -64,6 +66,24 @@ def pointer_to(typing_context, address):
     return types.voidptr(types.int64), generate
 
 
+@numba.njit(cache=True)
+@no_type_check
+def is_last(address, count):
+    """Count up at an address; whether so many have counted now. Then the counter is zero again."""
+    if count_up(address) < count - 1:
+        return False
+    carray(pointer_to(address), 1, np.int64)[0] = 0
+    return True
+
+
+@functools.cache
+def address_of(function: Callable[..., None]) -> int:
+    """A function for a team, compiled when it is first wanted."""
+    compiled = numba.cfunc(SIGNATURE, cache=True)(function)
+    _COMPILED.append(compiled)  # an address keeps nothing alive
+    return int(compiled.address)
+
+
 def as_bits(value: float) -> int:
     """A number as a function of a team is told it: the bits of a float32, for `numbers.float_of`."""
     return int(_BITS.unpack(_FLOAT.pack(value))[0])
@@ -78,6 +98,22 @@ def scratch(count: int) -> Tensor:
     if found is None or found.numel() < count:
         found = _OWN.memory = torch.empty(count)
     return found
+
+
+def counters(count: int) -> Tensor:
+    """At least so many int64 zeros to count up; who counts must leave zeros behind. The same ones at every call."""
+    found: Tensor | None = getattr(_OWN, "counters", None)
+    if found is None or found.numel() < count:
+        found = _OWN.counters = torch.zeros(count, dtype=torch.int64)
+    return found
+
+
+def floats(tensor: Tensor) -> Tensor:
+    """The tensor as a kernel reads it that is told an address alone: float32, in one piece."""
+    # Asked first: even an operation that does nothing takes microseconds where its code is in no cache.
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        return tensor
+    return tensor.detach().float().contiguous()
 
 
 def run_on_team(function: int, *arguments: int) -> None:
@@ -95,8 +131,14 @@ def run_on_team(function: int, *arguments: int) -> None:
         start(function, ctypes.addressof(told), torch.get_num_threads(), 0)
 
 
+def run_alone(function: int, *arguments: int) -> None:
+    """Run such a function on the calling thread: where there is too little to do for a team."""
+    _CALL(function)(ctypes.addressof(Arguments(0, *arguments)))
+
+
 _FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
 _OWN = threading.local()
+_COMPILED: list[object] = []
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 

@@ -5,9 +5,8 @@ and whoever has the last part of a list joins them by their maxima and sums. The
 so does every result. Torch's own threads do it, see `apportion.ops.team`.
 """
 
-import functools
 import math
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -18,7 +17,17 @@ from torch import Tensor
 from apportion.ops.attend import composed
 from apportion.ops.attend.vector import dot, mix_rows
 from apportion.ops.numbers import exp_below, float_of, prefetch, readable
-from apportion.ops.team import SIGNATURE, as_bits, count_up, pointer_to, run_on_team, scratch, take_task
+from apportion.ops.team import (
+    address_of,
+    as_bits,
+    counters,
+    floats,
+    is_last,
+    pointer_to,
+    run_on_team,
+    scratch,
+    take_task,
+)
 
 _AHEAD = 16  # entries of a list that are asked for before their turn: scattered keys come late otherwise
 _PART = 256  # entries of a list that a thread takes at a time: few enough that 2 threads share what 3 heads read
@@ -150,7 +159,7 @@ def _attend(told, keys, values):
         weigh(scores, size, scaling, softcap, most[item, part], sums[item, part])
         start = batch * told[_VALUE_BATCH] + group * told[_VALUE_GROUP]
         mix(scores, size, places, values, start, told[_VALUE_STEP], mixed[item, part])
-        if count_up(told[_DONE] + 8 * item) == parts - 1:
+        if is_last(told[_DONE] + 8 * item, parts):
             of_list = heads * told[_VALUE_WIDTH]
             out = carray(pointer_to(told[_OUT] + 4 * item * of_list), (heads, told[_VALUE_WIDTH]), np.float32)
             join_list(most[item], sums[item], mixed[item], out)
@@ -167,16 +176,6 @@ def _attend_float32(told):
 def _attend_bfloat16(told):
     keys = carray(pointer_to(told[_KEYS]), _EVERYTHING, np.uint16)
     _attend(told, keys, carray(pointer_to(told[_VALUES]), _EVERYTHING, np.uint16))
-
-
-_KERNELS: dict[str, Any] = {}
-
-
-@functools.cache
-def _address(name: str) -> int:
-    """A kernel for a team, compiled when it is first wanted."""
-    _KERNELS[name] = numba.cfunc(SIGNATURE, cache=True)(globals()[name])  # kept: an address keeps nothing alive
-    return int(_KERNELS[name].address)
 
 
 def attend_selected(
@@ -198,21 +197,22 @@ def attend_selected(
     if 0 in (batch * heads * new, chosen, value_width):
         return queries.new_zeros(batch, heads, new, value_width)
     # [batch * rows, new, heads of the row, width]
-    packed = queries.detach().float()
+    packed = queries
     if new > 1:
         packed = packed.reshape(batch * rows, group, new, width).transpose(1, 2)
-    packed, indices, kept = packed.contiguous(), indices.contiguous(), None if kept is None else kept.contiguous()
+    packed, indices, kept = floats(packed), indices.contiguous(), None if kept is None else kept.contiguous()
     keys, values = readable(keys), readable(values)
     lists, parts = batch * rows * new, -(-chosen // _PART)
-    out, done = torch.empty(lists, group, value_width), torch.zeros(lists, dtype=torch.int64)
+    out = torch.empty(batch, heads, new, value_width)
     run_on_team(
-        _address("_attend_float32" if keys.dtype == torch.float32 else "_attend_bfloat16"),
+        address_of(_attend_float32 if keys.dtype == torch.float32 else _attend_bfloat16),
         *(lists, parts, group, width, value_width, chosen, _PART, new, rows, rows // keys.shape[1]),
         *(packed.data_ptr(), indices.data_ptr(), 0 if kept is None else kept.data_ptr()),
         *(keys.data_ptr(), *keys.stride()[:3], values.data_ptr(), *values.stride()[:3]),
         *(as_bits(scaling), as_bits(softcap or 0.0)),
-        *(scratch(lists * parts * group * (2 + value_width)).data_ptr(), done.data_ptr(), out.data_ptr()),
+        *(scratch(lists * parts * group * (2 + value_width)).data_ptr(), counters(lists).data_ptr(), out.data_ptr()),
     )
     if new > 1:
         out = out.view(batch, rows, new, group, value_width).transpose(2, 3)
-    return out.reshape(batch, heads, new, value_width).to(queries.dtype)
+        out = out.reshape(batch, heads, new, value_width)
+    return out if queries.dtype == torch.float32 else out.to(queries.dtype)

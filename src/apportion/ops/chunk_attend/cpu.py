@@ -5,8 +5,7 @@ they change: who changes them must touch this file too (or delete ``__pycache__`
 and of exact keys alone: so does every result.
 """
 
-import functools
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -18,7 +17,17 @@ from apportion.ops.attend.cpu import join_list, mix, partial_results, products, 
 from apportion.ops.chunk_attend import reference
 from apportion.ops.chunk_attend.vector import rebuild_rows
 from apportion.ops.numbers import float_of, number, prefetch, readable
-from apportion.ops.team import SIGNATURE, as_bits, count_up, pointer_to, run_on_team, scratch, take_task
+from apportion.ops.team import (
+    address_of,
+    as_bits,
+    counters,
+    floats,
+    is_last,
+    pointer_to,
+    run_on_team,
+    scratch,
+    take_task,
+)
 
 _PART = 64  # tokens of chunks that a thread takes at a time: their rebuilt keys stay in the first-level cache
 _EXACT = 256  # exact keys that a thread takes at a time
@@ -113,7 +122,7 @@ def _attend_chunks(told, number_type):
         values = carray(pointer_to(told[table + 1]), _EVERYTHING, number_type)
         start = batch * told[table + 2] + group * told[table + 3]
         mix(scores, entries, places, values, start, told[table + 4], mixed[item, part])
-        if count_up(told[_DONE] + 8 * item) == parts - 1:
+        if is_last(told[_DONE] + 8 * item, parts):
             of_list = heads * told[_VALUE_WIDTH]
             out = carray(pointer_to(told[_OUT] + 4 * item * of_list), (heads, told[_VALUE_WIDTH]), np.float32)
             join_list(most[item], sums[item], mixed[item], out)
@@ -128,16 +137,6 @@ def _float32(told):
 @no_type_check
 def _bfloat16(told):
     _attend_chunks(told, np.uint16)
-
-
-_KERNELS: dict[str, Any] = {}
-
-
-@functools.cache
-def _address(name: str) -> int:
-    """A kernel for a team, compiled when it is first wanted."""
-    _KERNELS[name] = numba.cfunc(SIGNATURE, cache=True)(globals()[name])  # kept: an address keeps nothing alive
-    return int(_KERNELS[name].address)
 
 
 def attend_chunks(
@@ -174,20 +173,20 @@ def attend_chunks(
     pairs = zip(exact_keys, exact_values, strict=True)
     tables = [keys if basis is None else keys[:, None], values, *(each for pair in pairs for each in pair)]
     tables, angles = [readable(each) for each in tables], [readable(each) for each in angles]
-    basis = None if basis is None else basis.detach().float().contiguous()
-    asked, chunks = queries.detach().float().contiguous(), chunks.contiguous()
-    done, out = torch.zeros(lists, dtype=torch.int64), torch.empty(batch, heads, value_width)
+    basis = None if basis is None else floats(basis)
+    asked, chunks = floats(queries), chunks.contiguous()
+    out = torch.empty(batch, heads, value_width)
     run_on_team(
-        _address("_float32" if values.dtype == torch.float32 else "_bfloat16"),
+        address_of(_float32 if values.dtype == torch.float32 else _bfloat16),
         *(lists, groups, group, width, value_width, asked.data_ptr(), chunks.data_ptr(), chosen, size, _PART, _EXACT),
         *((0, 0, 0) if basis is None else (basis.data_ptr(), _batch_step(basis), basis.shape[2])),
         *(each for table in angles for each in (table.data_ptr(), _batch_step(table), table.stride(1))),
         *((0,) * 7 if not angles else (angles[0].shape[-1],)),
         *(as_bits(scaling), as_bits(softcap or 0.0)),
-        *(scratch(lists * parts * group * (2 + value_width)).data_ptr(), done.data_ptr(), out.data_ptr()),
+        *(scratch(lists * parts * group * (2 + value_width)).data_ptr(), counters(lists).data_ptr(), out.data_ptr()),
         *(each for table in tables for each in (table.shape[2], table.data_ptr(), *_steps(table))),
     )
-    return out.to(queries.dtype)
+    return out if queries.dtype == torch.float32 else out.to(queries.dtype)
 
 
 def _steps(table: Tensor) -> tuple[int, int, int]:

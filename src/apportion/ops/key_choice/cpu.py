@@ -5,9 +5,8 @@ Scores, and with them ties, are those of the ops themselves, whose loops are cal
 must touch this file too (or delete ``__pycache__``).
 """
 
-import functools
 import math
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numba
 import numpy as np
@@ -19,7 +18,17 @@ from apportion.ops.key_choice import reference
 from apportion.ops.label_scores.cpu import pack_label, score_packed, score_plain
 from apportion.ops.numbers import exp_below, float_of
 from apportion.ops.select.cpu import best_of_row
-from apportion.ops.team import SIGNATURE, as_bits, count_up, pointer_to, run_on_team, scratch, take_task
+from apportion.ops.team import (
+    address_of,
+    as_bits,
+    counters,
+    floats,
+    is_last,
+    pointer_to,
+    run_on_team,
+    scratch,
+    take_task,
+)
 
 _TILE = 2048  # tokens that a thread scores at a time: their scores stay in the first-level cache, labels in the second
 _TILE_OF_CHUNKS = 512  # their means are wider
@@ -91,7 +100,7 @@ def _choose_tokens(told, labels, packed):
                 agreed[token] /= np.float32(heads)
         scores[first : min(first + size, told[_SINKS])] = np.inf
         scores[max(first, tokens - told[_RECENT]) : first + size] = np.inf
-        if count_up(told[_DONE] + 8 * place) == tiles - 1:
+        if is_last(told[_DONE] + 8 * place, tiles):
             winners = carray(pointer_to(told[_WINNERS] + 8 * place * told[_COUNT]), told[_COUNT], np.int64)
             best_of_row(scores, winners)
         task = take_task(told)
@@ -140,7 +149,7 @@ def _choose_chunks(told, means):
         # The weights that the heads agree upon come behind the products of the heads.
         every = carray(pointer_to(told[_SCORES] + 4 * place * (heads + 1) * chunks), (heads + 1) * chunks, np.float32)
         score_plain(asked, channels, means, start, steps, every, first, chunks, min(tile, chunks - first))
-        if count_up(told[_DONE] + 8 * place) == tiles - 1:
+        if is_last(told[_DONE] + 8 * place, tiles):
             candidates = carray(pointer_to(told[_CANDIDATES] + place * chunks), chunks, np.bool_)
             scaling, softcap = float_of(np.int32(told[_SCALING])), float_of(np.int32(told[_SOFTCAP]))
             products = every.reshape(heads + 1, chunks)
@@ -175,16 +184,6 @@ def _chunks_bfloat16(told):
     _choose_chunks(told, carray(pointer_to(told[_LABELS]), _EVERYTHING, np.uint16))
 
 
-_KERNELS: dict[str, Any] = {}
-
-
-@functools.cache
-def _address(name: str) -> int:
-    """A kernel for a team, compiled when it is first wanted."""
-    _KERNELS[name] = numba.cfunc(SIGNATURE, cache=True)(globals()[name])  # kept: an address keeps nothing alive
-    return int(_KERNELS[name].address)
-
-
 def choose_by_labels(
     queries: Tensor,
     labels: Tensor,
@@ -201,17 +200,16 @@ def choose_by_labels(
     rows, tokens = labels.shape[1:3]
     if torch.float64 in (queries.dtype, labels.dtype) or 0 in (queries.numel(), labels.numel(), count):
         return reference.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
-    kernel = "_by_packed_labels"
+    kernel = _by_packed_labels
     if ranges is None:
         labels = _as_read(labels)
-        kernel = f"_by_labels_{'float32' if labels.dtype == torch.float32 else 'bfloat16'}"
+        kernel = _by_labels_float32 if labels.dtype == torch.float32 else _by_labels_bfloat16
     lists = heads if group == "head" else groups
-    asked = queries.detach().float().contiguous()
-    done, winners = torch.zeros(batch * lists, dtype=torch.int64), torch.empty(batch, lists, count, dtype=torch.int64)
+    asked, winners = floats(queries), torch.empty(batch, lists, count, dtype=torch.int64)
     run_on_team(
-        _address(kernel),
+        address_of(kernel),
         *(batch * lists, heads // lists, tokens, count, _TILE, channels, asked.data_ptr()),
-        *(scratch(batch * lists * tokens).data_ptr(), done.data_ptr(), winners.data_ptr()),
+        *(scratch(batch * lists * tokens).data_ptr(), counters(batch * lists).data_ptr(), winners.data_ptr()),
         *(rows, heads // rows, labels.data_ptr(), *labels.stride()),
         *((0, 0, 0, 0, 0) if ranges is None else (ranges.data_ptr(), *ranges.stride())),
         *(bits, group == "mean", sinks, recent),
@@ -227,13 +225,13 @@ def choose_chunks(
     groups, chunks = means.shape[1:3]
     if torch.float64 in (queries.dtype, means.dtype) or 0 in (queries.numel(), means.numel(), count):
         return reference.choose_chunks(queries, means, candidates, count, scaling, softcap)
-    means, candidates, asked = _as_read(means), candidates.contiguous(), queries.detach().float().contiguous()
+    means, candidates, asked = _as_read(means), candidates.contiguous(), floats(queries)
     lists, group = batch * groups, heads // groups
-    done, winners = torch.zeros(lists, dtype=torch.int64), torch.empty(batch, groups, count, dtype=torch.int64)
+    winners = torch.empty(batch, groups, count, dtype=torch.int64)
     run_on_team(
-        _address("_chunks_float32" if means.dtype == torch.float32 else "_chunks_bfloat16"),
+        address_of(_chunks_float32 if means.dtype == torch.float32 else _chunks_bfloat16),
         *(lists, group, chunks, count, _TILE_OF_CHUNKS, width, asked.data_ptr()),
-        *(scratch(lists * (group + 1) * chunks).data_ptr(), done.data_ptr(), winners.data_ptr()),
+        *(scratch(lists * (group + 1) * chunks).data_ptr(), counters(lists).data_ptr(), winners.data_ptr()),
         *(groups, 1, means.data_ptr(), *means.stride()),
         *(0, 0, 0, 0, 0, 0, 0, 0, 0),
         *(candidates.data_ptr(), as_bits(scaling), as_bits(softcap or 0.0)),

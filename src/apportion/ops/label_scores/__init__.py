@@ -14,7 +14,7 @@ from apportion.ops.direct import runs_directly
 from apportion.ops.label_scores import reference
 from apportion.ops.triton_support import triton_is_missing
 
-__all__ = ["BITS", "label_scores", "pack_labels", "pack_labels_into", "packed_label_scores", "unpack_labels"]
+__all__ = ["BITS", "label_scores", "pack_channels_into", "pack_labels", "packed_label_scores", "unpack_labels"]
 
 BITS = (2, 4, 8)
 
@@ -107,22 +107,24 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return reference.pack_labels(labels, bits)
 
 
-def pack_labels_into(labels: Tensor, bits: int, codes: Tensor, ranges: Tensor) -> None:
-    """The same, written to where codes and ranges are kept, which may lie as they like.
+def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor, ranges: Tensor, token: int) -> None:
+    """`pack_labels` of one token, whose label is some numbers of its vectors, written to where labels are kept.
 
     Args:
-        labels: see `pack_labels`.
+        vectors: [batch, heads, 1, width].
+        places: int64 [rows * channels]; the label of row ``r`` is the numbers ``places[r * channels:][:channels]`` of a
+            token's vectors side by side.
         bits: see `pack_labels`.
-        codes: uint8 [batch, rows, tokens, packed], written over.
-        ranges: float32 [batch, rows, tokens, 2], written over.
+        codes: uint8 [batch, rows, tokens, packed], of any strides; those of the token are written over.
+        ranges: float32 [batch, rows, tokens, 2], likewise.
+        token: which.
     """
-    if bits in BITS and runs_directly(labels.detach(), codes, ranges):
+    if bits in BITS and vectors.dtype == torch.float32 and runs_directly(vectors, places, codes, ranges):
         from apportion.ops.label_scores import cpu
 
-        cpu.pack_labels_into(labels, bits, codes, ranges)
+        cpu.pack_channels_into(vectors, places, bits, codes, ranges, token)
         return
-    for room, packed in zip((codes, ranges), pack_labels(labels, bits), strict=True):
-        room.copy_(packed)
+    reference.pack_channels_into(vectors, places, bits, codes, ranges, token)
 
 
 def unpack_labels(codes: Tensor, ranges: Tensor, bits: int, channels: int) -> Tensor:

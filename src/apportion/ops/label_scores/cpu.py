@@ -10,11 +10,13 @@ from typing import no_type_check
 import numba
 import numpy as np
 import torch
+from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from apportion.ops.label_scores import reference
 from apportion.ops.label_scores.vector import score_codes
 from apportion.ops.numbers import flat, number
+from apportion.ops.team import address_of, pointer_to, run_alone
 from apportion.ops.threads import matching_threads
 
 _TILE = 512  # tokens scored together: their scores stay in the first-level cache, their labels in the second
@@ -160,22 +162,52 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, ranges
 
 
-@numba.njit(cache=True)
+# What `_pack_channels` is told, after the number of the next task (see `run_on_team`).
+(
+    _LABELS, _ROWS, _CHANNELS, _BITS, _VECTORS, _WIDTH, _BATCH_STEP, _HEAD_STEP, _PLACES,
+    _CODES, _CODE_BATCH, _CODE_ROW, _CODE_STEP, _RANGES, _RANGE_BATCH, _RANGE_ROW, _RANGE_STEP,
+) = range(1, 18)  # fmt: skip
+_EVERYTHING = 2**40  # a size for memory whose end a kernel does not ask for
+
+
 @no_type_check
-def _pack_into(labels, bits, codes, ranges):
-    own = np.empty(codes.shape[3], np.uint8)
-    for batch in range(labels.shape[0]):
-        for row in range(labels.shape[1]):
-            for token in range(labels.shape[2]):
-                own[:] = 0
-                low, step = pack_label(labels[batch, row, token], bits, own)
-                codes[batch, row, token] = own
-                ranges[batch, row, token, 0], ranges[batch, row, token, 1] = low, step
+def _pack_channels(told):
+    """Every label of one token; one thread does them all."""
+    channels, bits, width = told[_CHANNELS], told[_BITS], told[_WIDTH]
+    vectors = carray(pointer_to(told[_VECTORS]), _EVERYTHING, np.float32)
+    places = carray(pointer_to(told[_PLACES]), told[_ROWS] * channels, np.int64)
+    codes = carray(pointer_to(told[_CODES]), _EVERYTHING, np.uint8)
+    ranges = carray(pointer_to(told[_RANGES]), _EVERYTHING, np.float32)
+    label, own = np.empty(channels, np.float32), np.empty((channels * bits + 7) // 8, np.uint8)
+    for each in range(told[_LABELS]):
+        batch, row = each // told[_ROWS], each % told[_ROWS]
+        for channel in range(channels):
+            place = places[row * channels + channel]
+            label[channel] = vectors[batch * told[_BATCH_STEP] + place // width * told[_HEAD_STEP] + place % width]
+        own[:] = 0
+        low, step = pack_label(label, bits, own)
+        at = batch * told[_CODE_BATCH] + row * told[_CODE_ROW]
+        for plane in range(own.shape[0]):
+            codes[at + plane * told[_CODE_STEP]] = own[plane]
+        at = batch * told[_RANGE_BATCH] + row * told[_RANGE_ROW]
+        ranges[at], ranges[at + told[_RANGE_STEP]] = low, step
 
 
-def pack_labels_into(labels: Tensor, bits: int, codes: Tensor, ranges: Tensor) -> None:
-    """See ``apportion.ops.label_scores.pack_labels_into``; meant for a few tokens, which one thread packs."""
-    _pack_into(labels.detach().float().contiguous().numpy(), bits, codes.numpy(), ranges.numpy())
+def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor, ranges: Tensor, token: int) -> None:
+    """See ``apportion.ops.label_scores.pack_channels_into``."""
+    batch, _, _, width = vectors.shape
+    rows, labels = codes.shape[1], places.shape[0] // max(1, codes.shape[1])
+    if vectors.stride(3) != 1 and width > 1:
+        vectors = vectors.contiguous()
+    batch_step, head_step = vectors.stride()[:2]
+    code_batch, code_row, code_token, code_step = codes.stride()
+    range_batch, range_row, range_token, range_step = ranges.stride()
+    run_alone(
+        address_of(_pack_channels),
+        *(batch * rows, rows, labels, bits, vectors.data_ptr(), width, batch_step, head_step, places.data_ptr()),
+        *(codes.data_ptr() + token * code_token, code_batch, code_row, code_step),
+        *(ranges.data_ptr() + 4 * token * range_token, range_batch, range_row, range_step),
+    )
 
 
 def label_scores(queries: Tensor, labels: Tensor) -> Tensor:

@@ -12,17 +12,21 @@ from apportion.ops.vectors import (
     I32,
     I64,
     INTEGER,
+    LANES,
     add_product,
     data_of,
     floats,
     in_pieces,
     load,
     multiply_add,
+    prefetch_at,
     splat,
     splat_of,
     store,
     zeros,
 )
+
+_AHEAD = 512  # tokens whose codes are asked for before their turn: planes are too many and too short to be foreseen
 
 
 @intrinsic
@@ -51,6 +55,8 @@ def score_codes(typing_context, query, total, planes, bits, codes, start, step, 
                 with cgutils.for_range(builder, planes) as loop:
                     place = builder.add(builder.add(start, token), builder.mul(loop.index, step))
                     source = builder.bitcast(builder.gep(codes, [place]), ir.PointerType(ir.VectorType(I8, lanes)))
+                    if lanes == LANES:
+                        prefetch_at(builder, codes, builder.add(place, I64(_AHEAD)))
                     packed = builder.zext(builder.load(source, align=1), integers)
                     channel = builder.mul(loop.index, I64(in_byte))
                     for each, into in enumerate(sums):
@@ -58,6 +64,9 @@ def score_codes(typing_context, query, total, planes, bits, codes, start, step, 
                         code = builder.and_(shifted, ir.Constant(integers, [2**bits - 1] * lanes))
                         factor = splat_of(builder, query, builder.add(channel, I64(each)), lanes)
                         add_product(builder, factor, builder.sitofp(code, floats(lanes)), into)
+                if lanes == LANES:
+                    for each in (lows, widths):
+                        prefetch_at(builder, ranges, builder.add(builder.add(each, token), I64(_AHEAD)))
                 found = builder.load(sums[0])
                 for each in sums[1:]:
                     found = builder.fadd(found, builder.load(each))
