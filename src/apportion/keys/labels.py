@@ -64,7 +64,7 @@ class LabelTable:
             return
         codes, token = self._labels.more(1)
         ranges, _ = self._ranges.more(1)
-        pack_channels_into(vectors, places, self.bits, codes.transpose(2, 3), ranges.transpose(2, 3), token)
+        pack_channels_into(vectors, places, self.bits, codes, ranges, token)
 
     def scores(self, queries: Float[Tensor, "batch heads new channels"]) -> Float[Tensor, "batch heads new tokens"]:
         """Products of queries, in the labels' channels, with all labels; below 16 bits queries are rounded alike."""

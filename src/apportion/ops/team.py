@@ -131,9 +131,15 @@ def run_on_team(function: int, *arguments: int) -> None:
         start(function, ctypes.addressof(told), torch.get_num_threads(), 0)
 
 
-def run_alone(function: int, *arguments: int) -> None:
-    """Run such a function on the calling thread: where there is too little to do for a team."""
-    _CALL(function)(ctypes.addressof(Arguments(0, *arguments)))
+def run_alone(function: int, *arguments: int) -> int:
+    """Run such a function on the calling thread, where there is too little to do for a team.
+
+    Returns:
+        What it has put in the place of the number of the next task.
+    """
+    told = Arguments(0, *arguments)
+    _CALL(function)(ctypes.addressof(told))
+    return told[0]
 
 
 _FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")

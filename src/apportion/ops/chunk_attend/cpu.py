@@ -170,8 +170,9 @@ def attend_chunks(
     exact = [each.shape[2] for each in exact_keys] + [0] * (2 - len(exact_keys))
     value_width, lists, group = values.shape[-1], batch * groups, heads // groups
     parts = -(-chosen * size // _PART) + sum(-(-each // _EXACT) for each in exact)
-    pairs = zip(exact_keys, exact_values, strict=True)
-    tables = [keys if basis is None else keys[:, None], values, *(each for pair in pairs for each in pair)]
+    tables = [keys, values]
+    for pair in zip(exact_keys, exact_values, strict=True):
+        tables += pair
     tables, angles = [readable(each) for each in tables], [readable(each) for each in angles]
     basis = None if basis is None else floats(basis)
     asked, chunks = floats(queries), chunks.contiguous()
@@ -180,21 +181,21 @@ def attend_chunks(
         address_of(_float32 if values.dtype == torch.float32 else _bfloat16),
         *(lists, groups, group, width, value_width, asked.data_ptr(), chunks.data_ptr(), chosen, size, _PART, _EXACT),
         *((0, 0, 0) if basis is None else (basis.data_ptr(), _batch_step(basis), basis.shape[2])),
-        *(each for table in angles for each in (table.data_ptr(), _batch_step(table), table.stride(1))),
+        *[each for table in angles for each in (table.data_ptr(), _batch_step(table), table.stride(1))],
         *((0,) * 7 if not angles else (angles[0].shape[-1],)),
         *(as_bits(scaling), as_bits(softcap or 0.0)),
         *(scratch(lists * parts * group * (2 + value_width)).data_ptr(), counters(lists).data_ptr(), out.data_ptr()),
-        *(each for table in tables for each in (table.shape[2], table.data_ptr(), *_steps(table))),
+        *[each for table in tables for each in (table.shape[-2], table.data_ptr(), *_steps(table))],
     )
     return out if queries.dtype == torch.float32 else out.to(queries.dtype)
 
 
 def _steps(table: Tensor) -> tuple[int, int, int]:
     """How far apart rows of the batch, heads and tokens are; factors are one table for all heads."""
-    batch, head, token, _ = table.stride()
-    return batch, 0 if table.shape[1] == 1 else head, token
+    steps = table.stride()
+    return (steps[0], 0, steps[1]) if len(steps) == 3 else (steps[0], steps[1], steps[2])
 
 
 def _batch_step(table: Tensor) -> int:
     """How far apart rows of the batch are; 0 where there is one for all."""
-    return 0 if len(table) == 1 else table.stride(0)
+    return 0 if table.shape[0] == 1 else table.stride(0)

@@ -115,8 +115,8 @@ def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor
         places: int64 [rows * channels]; the label of row ``r`` is the numbers ``places[r * channels:][:channels]`` of a
             token's vectors side by side.
         bits: see `pack_labels`.
-        codes: uint8 [batch, rows, tokens, packed], of any strides; those of the token are written over.
-        ranges: float32 [batch, rows, tokens, 2], likewise.
+        codes: uint8 [batch, rows, packed, tokens], planar, of any strides; those of the token are written over.
+        ranges: float32 [batch, rows, 2, tokens], likewise.
         token: which.
     """
     if bits in BITS and vectors.dtype == torch.float32 and runs_directly(vectors, places, codes, ranges):

@@ -200,8 +200,8 @@ def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor
     if vectors.stride(3) != 1 and width > 1:
         vectors = vectors.contiguous()
     batch_step, head_step = vectors.stride()[:2]
-    code_batch, code_row, code_token, code_step = codes.stride()
-    range_batch, range_row, range_token, range_step = ranges.stride()
+    code_batch, code_row, code_step, code_token = codes.stride()
+    range_batch, range_row, range_step, range_token = ranges.stride()
     run_alone(
         address_of(_pack_channels),
         *(batch * rows, rows, labels, bits, vectors.data_ptr(), width, batch_step, head_step, places.data_ptr()),

@@ -63,12 +63,12 @@ def pack_channels_into(
     vectors: Float[Tensor, "batch heads 1 width"],
     places: Int[Tensor, " all_channels"],
     bits: int,
-    codes: UInt8[Tensor, "batch rows tokens packed"],
-    ranges: Float[Tensor, "batch rows tokens 2"],
+    codes: UInt8[Tensor, "batch rows packed tokens"],
+    ranges: Float[Tensor, "batch rows 2 tokens"],
     token: int,
 ) -> None:
     """See ``apportion.ops.label_scores.pack_channels_into``."""
     picked = vectors.detach().flatten(1).index_select(1, places)
     newest = pack_labels(picked.view(len(vectors), codes.shape[1], 1, -1), bits)
     for room, packed in zip((codes, ranges), newest, strict=True):
-        room[:, :, token : token + 1] = packed
+        room[..., token] = packed[:, :, 0]
