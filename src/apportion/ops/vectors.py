@@ -12,6 +12,7 @@ from numba import types
 from numba.core import cgutils
 
 LANES = 16
+INTEGER = types.int64
 I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType())
 
 
@@ -120,6 +121,3 @@ def in_pieces(builder, size, pieces):
         start = stop
     with cgutils.for_range_slice(builder, start, size, I64(1)) as (place, _):
         yield place, 1, 1
-
-
-INTEGER = types.int64
