@@ -135,9 +135,8 @@ class LabelSelector(TopKeys):
         one = step.new == 1 and self.group in GROUPS and count < store.length
         if not one or not store.all_real:
             return super().select(step, store)
-        asked = self.pick_channels(step.queries)
-        groups = step.keys.shape[1]
-        chosen = self.labels.choose(asked, count, self.budget, groups, self.group if step.group > 1 else "head")
+        asked, groups = (step.queries, self._places_in(step.queries)), step.keys.shape[1]
+        chosen = self.labels.choose(*asked, count, self.budget, groups, self.group if step.group > 1 else "head")
         return WholeLists(chosen)
 
     @override

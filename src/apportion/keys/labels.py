@@ -76,17 +76,27 @@ class LabelTable:
 
     def choose(
         self,
-        queries: Float[Tensor, "batch heads 1 channels"],
+        queries: Float[Tensor, "batch heads 1 width"],
+        places: Int[Tensor, " all_channels"],
         count: int,
         budget: KeyBudget,
         groups: int,
         group: str,
     ) -> Int[Tensor, "batch lists 1 chosen"]:
-        """The tokens with the best `scores` for one new token, without the scores; see `choose_by_labels`."""
+        """The tokens with the best `scores` for one new token, without the scores; see `choose_by_labels`.
+
+        Args:
+            queries: whole ones.
+            places: of the labels' channels in the queries of one row, side by side.
+            count: tokens of a list.
+            budget: sinks and recent tokens among them.
+            groups: key-value heads.
+            group: whose lists.
+        """
         ranges = None if self.bits == 16 else self._of(self._ranges)
         forced = budget.sinks, budget.recent
         table = (self._of(self._labels), ranges, self.bits)
-        return choose_by_labels(queries[:, :, 0], *table, count, *forced, groups, group)[:, :, None]
+        return choose_by_labels(queries[:, :, 0], *table, count, *forced, groups, group, places)[:, :, None]
 
     def read(self) -> Float[Tensor, "batch rows tokens channels"]:
         """What the labels stand for."""

@@ -27,6 +27,7 @@ def choose_by_labels(
     recent: int,
     groups: int,
     group: str,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The tokens whose labels have the largest products with the queries of one token; of equals the earlier ones.
 
@@ -41,6 +42,8 @@ def choose_by_labels(
         recent: newest tokens that are in every list. Together at most ``count``.
         groups: key-value heads.
         group: whose lists: ``head``: each head's own; ``max``, ``mean``: of a key-value head, by its heads' scores.
+        places: int64 [heads * channels]: where each head's channels are among all numbers of a row's queries, which are
+            then [batch, heads, width]; None where queries have the labels' channels alone.
 
     Returns:
         int64 [batch, heads or groups, count], in ascending order.
@@ -53,8 +56,10 @@ def choose_by_labels(
     if runs_directly(queries, labels):
         from apportion.ops.key_choice import cpu
 
-        return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
-    return _choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
+        return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group, places)
+    return _choose_by_labels(
+        reference.picked(queries, places), labels, ranges, bits, count, sinks, recent, groups, group
+    )
 
 
 @torch.library.custom_op("apportion::choose_by_labels", mutates_args=())

@@ -38,8 +38,8 @@ _TILE_OF_CHUNKS = 512  # their means are wider
     _LISTS, _HEADS, _TOKENS, _COUNT, _TILES_OF, _CHANNELS, _QUERIES, _SCORES, _DONE, _WINNERS,
     _ROWS, _HEADS_OF_ROW, _LABELS, _BATCH_STEP, _ROW_STEP, _TOKEN_STEP, _CHANNEL_STEP,
     _RANGES, _RANGE_BATCH_STEP, _RANGE_ROW_STEP, _RANGE_TOKEN_STEP, _RANGE_STEP,
-    _BITS, _MEAN, _SINKS, _RECENT, _CANDIDATES, _SCALING, _SOFTCAP,
-) = range(1, 30)  # fmt: skip
+    _BITS, _MEAN, _SINKS, _RECENT, _CANDIDATES, _SCALING, _SOFTCAP, _PLACES, _ALL_HEADS, _WIDTH,
+) = range(1, 33)  # fmt: skip
 _EVERYTHING = 2**40  # a size for memory whose end a kernel does not ask for
 
 
@@ -57,6 +57,21 @@ def _round(query, bits):
 
 @numba.njit(cache=True)
 @no_type_check
+def _pick(told, head, asked):
+    """A head's query, or those of its numbers that labels have."""
+    channels, heads = asked.shape[0], told[_ALL_HEADS]
+    if told[_PLACES] == 0:
+        asked[:] = carray(pointer_to(told[_QUERIES] + 4 * head * channels), channels, np.float32)
+        return
+    size = heads * told[_WIDTH]
+    vectors = carray(pointer_to(told[_QUERIES] + 4 * (head // heads) * size), size, np.float32)
+    places = carray(pointer_to(told[_PLACES] + 8 * (head % heads) * channels), channels, np.int64)
+    for channel in range(channels):
+        asked[channel] = vectors[places[channel]]
+
+
+@numba.njit(cache=True)
+@no_type_check
 def _score_tile(told, labels, packed, head, first, size, asked, out):
     """``out[token]``: products of a head with ``size`` labels from token ``first`` on; ``asked`` is written over."""
     channels, bits = told[_CHANNELS], told[_BITS]
@@ -64,7 +79,7 @@ def _score_tile(told, labels, packed, head, first, size, asked, out):
     batch, row = row // told[_ROWS], row % told[_ROWS]
     start = batch * told[_BATCH_STEP] + row * told[_ROW_STEP] + first * told[_TOKEN_STEP]
     steps = (told[_BATCH_STEP], told[_ROW_STEP], told[_TOKEN_STEP], told[_CHANNEL_STEP])
-    asked[0, :channels] = carray(pointer_to(told[_QUERIES] + 4 * head * channels), channels, np.float32)
+    _pick(told, head, asked[0, :channels])
     # What `packed` is None for is left out by the compiler.
     if packed is None:
         score_plain(asked, channels, labels, start, steps, out, 0, 0, size)
@@ -194,11 +209,14 @@ def choose_by_labels(
     recent: int,
     groups: int,
     group: str,
+    places: Tensor | None = None,
 ) -> Tensor:
     """See ``apportion.ops.key_choice.choose_by_labels``."""
-    batch, heads, channels = queries.shape
+    batch, heads, width = queries.shape
     rows, tokens = labels.shape[1:3]
+    channels = width if places is None else places.shape[0] // heads
     if torch.float64 in (queries.dtype, labels.dtype) or 0 in (queries.numel(), labels.numel(), count):
+        queries = reference.picked(queries, places)
         return reference.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
     kernel = _by_packed_labels
     if ranges is None:
@@ -212,7 +230,8 @@ def choose_by_labels(
         *(scratch(batch * lists * tokens).data_ptr(), counters(batch * lists).data_ptr(), winners.data_ptr()),
         *(rows, heads // rows, labels.data_ptr(), *labels.stride()),
         *((0, 0, 0, 0, 0) if ranges is None else (ranges.data_ptr(), *ranges.stride())),
-        *(bits, group == "mean", sinks, recent),
+        *(bits, group == "mean", sinks, recent, 0, 0, 0),
+        *(0 if places is None else places.data_ptr(), heads, width),
     )
     return winners
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from apportion.ops.label_scores import reference
 from apportion.ops.label_scores.vector import score_codes
 from apportion.ops.numbers import flat, number
-from apportion.ops.team import address_of, pointer_to, run_alone
+from apportion.ops.team import address_of, pointer_to, run_on_team, take_task
 from apportion.ops.threads import matching_threads
 
 _TILE = 512  # tokens scored together: their scores stay in the first-level cache, their labels in the second
@@ -172,14 +172,15 @@ _EVERYTHING = 2**40  # a size for memory whose end a kernel does not ask for
 
 @no_type_check
 def _pack_channels(told):
-    """Every label of one token; one thread does them all."""
+    """Every label of one token: few numbers, but so far apart in memory that two threads wait half as long for it."""
     channels, bits, width = told[_CHANNELS], told[_BITS], told[_WIDTH]
     vectors = carray(pointer_to(told[_VECTORS]), _EVERYTHING, np.float32)
     places = carray(pointer_to(told[_PLACES]), told[_ROWS] * channels, np.int64)
     codes = carray(pointer_to(told[_CODES]), _EVERYTHING, np.uint8)
     ranges = carray(pointer_to(told[_RANGES]), _EVERYTHING, np.float32)
     label, own = np.empty(channels, np.float32), np.empty((channels * bits + 7) // 8, np.uint8)
-    for each in range(told[_LABELS]):
+    each = take_task(told)
+    while each < told[_LABELS]:
         batch, row = each // told[_ROWS], each % told[_ROWS]
         for channel in range(channels):
             place = places[row * channels + channel]
@@ -191,6 +192,7 @@ def _pack_channels(told):
             codes[at + plane * told[_CODE_STEP]] = own[plane]
         at = batch * told[_RANGE_BATCH] + row * told[_RANGE_ROW]
         ranges[at], ranges[at + told[_RANGE_STEP]] = low, step
+        each = take_task(told)
 
 
 def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor, ranges: Tensor, token: int) -> None:
@@ -202,7 +204,7 @@ def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor
     batch_step, head_step = vectors.stride()[:2]
     code_batch, code_row, code_step, code_token = codes.stride()
     range_batch, range_row, range_step, range_token = ranges.stride()
-    run_alone(
+    run_on_team(
         address_of(_pack_channels),
         *(batch * rows, rows, labels, bits, vectors.data_ptr(), width, batch_step, head_step, places.data_ptr()),
         *(codes.data_ptr() + token * code_token, code_batch, code_row, code_step),
