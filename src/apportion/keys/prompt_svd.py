@@ -157,11 +157,21 @@ class PromptSVDStore(ChunkedStore):
             return None
         self.bytes_moved = now.values.moved
         turned = self._rotation()
-        angles = (None, None) if turned is None else (turned.cos, turned.sin)
-        keys = (now.factors, now.basis, *angles, values)
-        exact = [now.outlier_keys, self._keys.view], [now.outlier_values, self._values.view]
-        limits = step.scaling, step.softcap
-        return attend_chunks(step.queries[:, :, 0], selection.chunks, size, *keys, *exact, *limits)[:, :, None]
+        cos, sin = (None, None) if turned is None else (turned.cos, turned.sin)
+        return attend_chunks(
+            step.queries[:, :, 0],
+            selection.chunks,
+            size,
+            now.factors,
+            now.basis,
+            cos,
+            sin,
+            values,
+            [now.outlier_keys, self._keys.view],
+            [now.outlier_values, self._values.view],
+            step.scaling,
+            step.softcap,
+        )[:, :, None]
 
     def _read_some(self, now: "_Compressed", tokens: Tensor) -> tuple[Tensor, Tensor]:
         in_tail = (tokens - self.tail_start).clamp_min(0)

@@ -81,7 +81,7 @@ def address_of(function: Callable[..., None]) -> int:
     """A function for a team, compiled when it is first wanted."""
     compiled = numba.cfunc(SIGNATURE, cache=True)(function)
     _COMPILED.append(compiled)  # an address keeps nothing alive
-    return int(compiled.address)
+    return int(compiled.address)  # type: ignore[arg-type]
 
 
 def as_bits(value: float) -> int:

@@ -82,7 +82,8 @@ def attend_selected(
 
         return cpu.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
     kept = torch.ones_like(indices, dtype=torch.bool) if kept is None else kept
-    return _attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+    found: Tensor = _attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+    return found
 
 
 @torch.library.custom_op("apportion::attend_selected", mutates_args=())

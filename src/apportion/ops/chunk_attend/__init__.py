@@ -54,9 +54,10 @@ def attend_chunks(
         return cpu.attend_chunks(
             queries, chunks, size, keys, basis, cos, sin, values, exact_keys, exact_values, scaling, softcap
         )
-    return _attend_chunks(
+    found: Tensor = _attend_chunks(
         queries, chunks, size, keys, basis, cos, sin, values, exact_keys, exact_values, scaling, softcap
     )
+    return found
 
 
 @torch.library.custom_op("apportion::attend_chunks", mutates_args=())

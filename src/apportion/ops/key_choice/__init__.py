@@ -57,9 +57,9 @@ def choose_by_labels(
         from apportion.ops.key_choice import cpu
 
         return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group, places)
-    return _choose_by_labels(
-        reference.picked(queries, places), labels, ranges, bits, count, sinks, recent, groups, group
-    )
+    asked = reference.picked(queries, places)
+    found: Tensor = _choose_by_labels(asked, labels, ranges, bits, count, sinks, recent, groups, group)
+    return found
 
 
 @torch.library.custom_op("apportion::choose_by_labels", mutates_args=())
@@ -130,7 +130,8 @@ def choose_chunks(
         from apportion.ops.key_choice import cpu
 
         return cpu.choose_chunks(queries, means, candidates, count, scaling, softcap)
-    return _choose_chunks(queries, means, candidates, count, scaling, softcap)
+    found: Tensor = _choose_chunks(queries, means, candidates, count, scaling, softcap)
+    return found
 
 
 @torch.library.custom_op("apportion::choose_chunks", mutates_args=())

@@ -38,9 +38,9 @@ def picked(
     queries: Float[Tensor, "batch heads width"], places: Int[Tensor, " all_channels"] | None
 ) -> Float[Tensor, "batch heads channels"]:
     """The numbers of queries that labels have; see ``apportion.ops.key_choice.choose_by_labels``."""
-    return (
-        queries if places is None else queries.flatten(1).index_select(1, places).unflatten(1, (queries.shape[1], -1))
-    )
+    if places is None:
+        return queries
+    return queries.flatten(1).index_select(1, places).view(*queries.shape[:2], -1)
 
 
 def choose_chunks(
