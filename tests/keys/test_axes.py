@@ -16,7 +16,7 @@ from apportion.keys import (
     record_trace,
 )
 from apportion.keys.selectors import Oracle, RandomKeys, Selector, SinksAndRecent, TopKeys, across_group, best_tokens
-from apportion.keys.stores import Growing, Rotations
+from apportion.keys.stores import Growing, RealTokens, Rotations
 from apportion.keys.trace import exact_weights, part_of
 from apportion.models import load
 from apportion.models.key_door import attend_with, memories_of, with_memories
@@ -213,6 +213,24 @@ def test_gradients_go_through_a_growing_tensor() -> None:
     growing.view.sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.tolist() == [[2, 2]]
+
+
+@pytest.mark.parametrize("padded", [(), (0,), (2,), (0, 1, 2)])
+def test_real_tokens_are_what_was_said_of_each_step(make_step: Any, padded: tuple[int, ...]) -> None:
+    kept, parts = RealTokens(), []
+    for place, new in enumerate((5, 1, 3)):
+        step = make_step(new, padding=1 if place in padded else 0)
+        kept.append(step)
+        parts.append(step.real)
+        assert kept.view.equal(torch.cat(parts, dim=1))
+        assert kept.all == kept.view.all()
+    everything = kept.view.clone()
+    kept.pick_rows(torch.tensor([1, 1, 0]))
+    assert kept.view.equal(everything[[1, 1, 0]])
+    kept.pick_rows(torch.tensor([0]))
+    assert kept.all, "the padded row has gone"
+    kept.append(make_step(2, batch=1))
+    assert kept.view.equal(torch.ones(1, 11, dtype=torch.bool))
 
 
 def test_a_store_that_evicts(make_step: Any) -> None:

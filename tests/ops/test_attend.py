@@ -144,6 +144,22 @@ def test_what_is_not_kept_is_not_read() -> None:
     assert attend_selected(case.queries, keys, values, case.indices, case.kept, 0.3).equal(exact)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_nothing_said_of_what_is_kept_means_everything(name: str) -> None:
+    case = make_case(SHAPES[name]).to(torch.float32)
+    given = (case.queries, case.keys, case.values, case.indices)
+    assert attend_selected(*given, None, 0.3).equal(attend_selected(*given, torch.ones_like(case.kept), 0.3))
+    queries = case.queries.clone().requires_grad_()
+    torch.testing.assert_close(attend_selected(queries, *given[1:], None, 0.3), attend_selected(*given, None, 0.3))
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 48, 64, 80, 131])
+def test_vectors_of_every_width_are_read_to_their_end(width: int) -> None:
+    case = make_case(Shape(width=width, value_width=width + 3)).to(torch.float32)
+    exact = reference.attend_selected(*case.to(torch.float64), 0.3, None)
+    torch.testing.assert_close(attend_selected(*case, 0.3).double(), exact, rtol=4e-6, atol=2e-5)
+
+
 def test_a_list_gives_the_same_bits_alone_and_in_company() -> None:
     case = make_case(Shape(batch=3)).to(torch.float32)
     together = attend_selected(*case, 0.3)
@@ -183,4 +199,4 @@ def test_the_composition_equals_the_reference(name: str, dtype: torch.dtype) -> 
 def test_torch_knows_the_op(dtype: torch.dtype, softcap: float | None) -> None:
     case = make_case(Shape()).to(dtype)
     leaves = [each.requires_grad_() for each in case[:3]]
-    torch.library.opcheck(attend_selected, (*leaves, case.indices, case.kept, 0.3, softcap))
+    torch.library.opcheck(torch.ops.apportion.attend_selected.default, (*leaves, case.indices, case.kept, 0.3, softcap))

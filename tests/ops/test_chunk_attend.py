@@ -44,6 +44,8 @@ SHAPES = {
     "no chunk": Shape(chosen=0),
     "rank below what is taken at once": Shape(rank=2, batch=1),
     "all chunks of one token": Shape(size=1, chosen=9),
+    "more than a register holds": Shape(width=83, value_width=70, half=40, rank=9),
+    "one head for all": Shape(groups=1),
     "no batch": Shape(batch=0),
 }
 
@@ -124,5 +126,7 @@ def test_tables_are_read_as_they_lie(dtype: torch.dtype) -> None:
 
 
 def test_torch_knows_the_op() -> None:
-    torch.library.opcheck(attend_chunks, tuple(make_case(Shape(), torch.float32)))
-    torch.library.opcheck(attend_chunks, tuple(make_case(Shape(rank=None, exact=()), torch.float32)))
+    torch.library.opcheck(torch.ops.apportion.attend_chunks.default, tuple(make_case(Shape(), torch.float32)))
+    torch.library.opcheck(
+        torch.ops.apportion.attend_chunks.default, tuple(make_case(Shape(rank=None, exact=()), torch.float32))
+    )

@@ -114,6 +114,22 @@ def test_chunks_are_those_of_their_definition(
     assert torch.equal(found, choose_chunks(queries, means, candidates, shape.count, 0.3, softcap))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_channels_are_picked_from_whole_queries(bits: int, dtype: torch.dtype) -> None:
+    shape, draw = Shape(channels=5), torch.Generator().manual_seed(2)
+    _, labels = make_case(shape, False, dtype)
+    queries = torch.randn(2, 9, 12, generator=draw, dtype=dtype)
+    chosen = torch.rand(9, 12, generator=draw).argsort(-1)[:, :5]
+    places = (torch.arange(9)[:, None] * 12 + chosen).flatten()
+    picked = queries.gather(2, chosen.expand(2, -1, -1))
+    table = (labels, None) if bits == 16 else pack_labels(labels, bits)
+    given = (*table, bits, 9, 1, 1, 3, "max")
+    wanted = choose_by_labels(picked, *given)
+    assert torch.equal(choose_by_labels(queries, *given, places), wanted)
+    assert torch.equal(choose_by_labels(queries.clone().requires_grad_(), *given, places), wanted)
+
+
 def test_float64_is_compared_as_it_is() -> None:
     queries, labels = (each.double() for each in make_case(Shape(), False))
     given = (None, 16, 9, 1, 1, 3, "max")
@@ -129,7 +145,7 @@ def test_an_unknown_agreement_is_refused() -> None:
 def test_torch_knows_the_ops() -> None:
     queries, labels = make_case(Shape(), False)
     codes, ranges = pack_labels(labels, 4)
-    torch.library.opcheck(choose_by_labels, (queries, codes, ranges, 4, 5, 1, 1, 3, "max"))
-    torch.library.opcheck(choose_by_labels, (queries, labels, None, 16, 5, 1, 1, 3, "head"))
+    torch.library.opcheck(torch.ops.apportion.choose_by_labels.default, (queries, codes, ranges, 4, 5, 1, 1, 3, "max"))
+    torch.library.opcheck(torch.ops.apportion.choose_by_labels.default, (queries, labels, None, 16, 5, 1, 1, 3, "head"))
     candidates = torch.ones(labels.shape[:3], dtype=torch.bool)
-    torch.library.opcheck(choose_chunks, (queries, labels, candidates, 5, 0.3, None))
+    torch.library.opcheck(torch.ops.apportion.choose_chunks.default, (queries, labels, candidates, 5, 0.3, None))

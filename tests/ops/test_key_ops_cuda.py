@@ -112,7 +112,7 @@ def test_the_ops_use_the_kernels_on_cuda_tensors(monkeypatch: pytest.MonkeyPatch
     attended = attend_cases.make_case(attend_cases.Shape(tokens=3000, chosen=1200, width=64)).to(torch.float32)
     exact = attend_reference.attend_selected(*attended.to(torch.float64), 0.3, None)
     torch.testing.assert_close(attend_selected(*moved(attended), 0.3).double().cpu(), exact, rtol=1e-4, atol=1e-4)
-    torch.library.opcheck(attend_selected, (*moved(attended), 0.3))
+    torch.library.opcheck(torch.ops.apportion.attend_selected.default, (*moved(attended), 0.3))
     queries, labels = moved(label_cases.make_case(label_cases.Shape(tokens=3000)))
     torch.testing.assert_close(label_scores(queries, labels), label_reference.label_scores(queries, labels))
     codes, ranges = pack_labels(labels, 4)

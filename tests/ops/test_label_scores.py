@@ -8,7 +8,7 @@ from torch import Tensor
 
 from apportion.errors import InputError
 from apportion.ops import label_scores, pack_labels, packed_label_scores, unpack_labels
-from apportion.ops.label_scores import BITS, cpu, reference
+from apportion.ops.label_scores import BITS, cpu, pack_channels_into, reference
 
 
 class Shape(NamedTuple):
@@ -134,6 +134,25 @@ def test_tokens_are_packed_each_by_itself(bits: int) -> None:
         alone = pack_labels(labels[:, :, token : token + 1], bits)
         assert alone[0].equal(codes[:, :, token : token + 1])
         assert alone[1].equal(ranges[:, :, token : token + 1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("channels", [1, 5, 16])
+def test_a_token_is_packed_from_its_vectors_into_its_place(bits: int, channels: int) -> None:
+    draw = torch.Generator().manual_seed(channels)
+    vectors = torch.randn(2, 3, 7, 16, generator=draw)[:, :, 4:5]
+    chosen = torch.rand(6, 16, generator=draw).argsort(-1)[:, :channels]  # of two heads for each vector
+    places = (torch.arange(6)[:, None] // 2 * 16 + chosen).flatten()
+    picked = vectors.repeat_interleave(2, dim=1).gather(3, chosen[None, :, None].expand(2, -1, 1, -1))
+    wanted = pack_labels(picked, bits)
+    for pack in (pack_channels_into, reference.pack_channels_into):
+        for layout in (planar, torch.clone):
+            codes = layout(torch.full((2, 6, 9, wanted[0].shape[3]), 77, dtype=torch.uint8))
+            ranges = layout(torch.full((2, 6, 9, 2), 77.0))
+            pack(vectors, places, bits, codes.transpose(2, 3), ranges.transpose(2, 3), 3)
+            for room, packed in zip((codes, ranges), wanted, strict=True):
+                assert room[:, :, 3:4].equal(packed)
+                assert (room[:, :, [*range(3), *range(4, 9)]] == 77).all(), "nothing else is written"
 
 
 def test_labels_as_far_apart_as_floats_go_are_packed() -> None:

@@ -38,7 +38,7 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.labels import LABEL_BITS, LabelTable
 from apportion.keys.selecting import SelectingMethod
-from apportion.keys.selection import KeySelection
+from apportion.keys.selection import KeySelection, WholeLists
 from apportion.keys.selectors import TopKeys, across_group, best_tokens, visible
 from apportion.keys.stores import ExactStore, Store
 from apportion.keys.trace import Trace, encode_texts, part_of, watch_steps
@@ -119,7 +119,10 @@ class LabelSelector(TopKeys):
 
     @override
     def extend(self, step: Step, store: Store) -> None:
-        self.labels.append(self.pick_channels(step.keys))
+        if step.new == 1:
+            self.labels.append_one(step.keys, self._places_in(step.keys))
+        else:
+            self.labels.append(self.pick_channels(step.keys))
 
     @override
     def close(self, store: Store) -> None:
@@ -130,12 +133,11 @@ class LabelSelector(TopKeys):
     def select(self, step: Step, store: Store) -> KeySelection | None:
         count = self.budget.tokens(store.length)
         one = step.new == 1 and self.group in GROUPS and count < store.length
-        if not one or not bool(store.real.all()):
+        if not one or not store.all_real:
             return super().select(step, store)
-        asked = self.pick_channels(step.queries)
-        groups = step.keys.shape[1]
-        chosen = self.labels.choose(asked, count, self.budget, groups, self.group if step.group > 1 else "head")
-        return KeySelection(chosen, torch.ones_like(chosen, dtype=torch.bool))
+        asked, groups = (step.queries, self._places_in(step.queries)), step.keys.shape[1]
+        chosen = self.labels.choose(*asked, count, self.budget, groups, self.group if step.group > 1 else "head")
+        return WholeLists(chosen)
 
     @override
     def scores(self, step: Step, store: Store) -> Float[Tensor, "batch heads new tokens"]:
@@ -167,15 +169,19 @@ class LabelSelector(TopKeys):
 
     def _pick_of_one(self, vectors: Float[Tensor, "batch rows 1 width"]) -> Float[Tensor, "batch wanted 1 channels"]:
         """The same of one token: a step of decoding, where every operation counts."""
+        picked = vectors.flatten(1).index_select(1, self._places_in(vectors))
+        return picked.view(len(vectors), -1, 1, self.labels.channels)
+
+    def _places_in(self, vectors: Float[Tensor, "batch rows 1 width"]) -> Int[Tensor, " all_channels"]:
+        """Where the chosen channels are in one token's vectors side by side."""
         rows, width = vectors.shape[1], vectors.shape[3]
-        wanted = max(len(self.channels), rows)
         key = rows, vectors.device
         if key not in self._places:
+            wanted = max(len(self.channels), rows)
             channels = self.channels.to(vectors.device).repeat_interleave(wanted // len(self.channels), dim=0)
             row = torch.arange(wanted, device=vectors.device) // (wanted // rows)
             self._places[key] = (row[:, None] * width + channels).flatten()
-        picked = vectors.reshape(len(vectors), rows * width).index_select(1, self._places[key])
-        return picked.view(len(vectors), wanted, 1, -1)
+        return self._places[key]
 
 
 @dataclass(eq=False)

@@ -7,7 +7,14 @@ from apportion.errors import InputError
 from apportion.keys.budget import KeyBudget
 from apportion.keys.stores import Growing
 from apportion.ops.key_choice import choose_by_labels
-from apportion.ops.label_scores import BITS, label_scores, pack_labels, packed_label_scores, unpack_labels
+from apportion.ops.label_scores import (
+    BITS,
+    label_scores,
+    pack_channels_into,
+    pack_labels,
+    packed_label_scores,
+    unpack_labels,
+)
 
 LABEL_BITS = (*BITS, 16)
 
@@ -49,6 +56,16 @@ class LabelTable:
         self._labels.append(codes.transpose(2, 3).contiguous())
         self._ranges.append(ranges.transpose(2, 3).contiguous())
 
+    def append_one(self, vectors: Float[Tensor, "batch heads 1 width"], places: Int[Tensor, " all_channels"]) -> None:
+        """Add that of one token, whose channels are numbers of its vectors; see `pack_channels_into`."""
+        if self.bits == 16 or not self._labels.length:
+            picked = vectors.flatten(1).index_select(1, places)
+            self.append(picked.view(len(vectors), -1, 1, self.channels))
+            return
+        codes, token = self._labels.more(1)
+        ranges, _ = self._ranges.more(1)
+        pack_channels_into(vectors, places, self.bits, codes, ranges, token)
+
     def scores(self, queries: Float[Tensor, "batch heads new channels"]) -> Float[Tensor, "batch heads new tokens"]:
         """Products of queries, in the labels' channels, with all labels; below 16 bits queries are rounded alike."""
         if self.bits == 16:
@@ -59,17 +76,27 @@ class LabelTable:
 
     def choose(
         self,
-        queries: Float[Tensor, "batch heads 1 channels"],
+        queries: Float[Tensor, "batch heads 1 width"],
+        places: Int[Tensor, " all_channels"],
         count: int,
         budget: KeyBudget,
         groups: int,
         group: str,
     ) -> Int[Tensor, "batch lists 1 chosen"]:
-        """The tokens with the best `scores` for one new token, without the scores; see `choose_by_labels`."""
+        """The tokens with the best `scores` for one new token, without the scores; see `choose_by_labels`.
+
+        Args:
+            queries: whole ones.
+            places: of the labels' channels in the queries of one row, side by side.
+            count: tokens of a list.
+            budget: sinks and recent tokens among them.
+            groups: key-value heads.
+            group: whose lists.
+        """
         ranges = None if self.bits == 16 else self._of(self._ranges)
         forced = budget.sinks, budget.recent
         table = (self._of(self._labels), ranges, self.bits)
-        return choose_by_labels(queries[:, :, 0], *table, count, *forced, groups, group)[:, :, None]
+        return choose_by_labels(queries[:, :, 0], *table, count, *forced, groups, group, places)[:, :, None]
 
     def read(self) -> Float[Tensor, "batch rows tokens channels"]:
         """What the labels stand for."""

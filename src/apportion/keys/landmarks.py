@@ -16,7 +16,9 @@ from apportion.keys.stores import Store
 from apportion.models.key_memory import Step
 from apportion.ops.key_choice import choose_chunks
 from apportion.ops.label_scores import label_scores
+from apportion.ops.shared_entries import shared_entries
 
+_NONE = -1  # in place of a chunk, where a list has fewer than the longest
 COUNTED, TURNS = ("selected", "all"), ("shared", "each")
 
 
@@ -85,7 +87,7 @@ class Landmarks(Selector):
         self._table: ChunkTable | None = None
         self._before: Int[Tensor, "batch groups most"] | None = None
         self._wanted: tuple[ChunkTable, int] | None = None  # chunks of a table, where they do not depend on the token
-        self._hits, self._asked = torch.zeros((), dtype=torch.long), 0
+        self._hits, self._asked = 0, 0
 
     in_one_go = True
     """Whether one token's choice is `choose_chunks`; False for who scores or agrees otherwise."""
@@ -93,7 +95,7 @@ class Landmarks(Selector):
     @property
     def hit_rate(self) -> float:
         """Share of the chunks selected for a token that were selected for the token before; NaN before two tokens."""
-        return int(self._hits) / self._asked if self._asked else float("nan")
+        return self._hits / self._asked if self._asked else float("nan")
 
     @override
     def close(self, store: Store) -> None:
@@ -106,7 +108,7 @@ class Landmarks(Selector):
         table = self._table = store.table
         if table is None or self._budget.everything:
             return None
-        if self.in_one_go and step.new == 1 and table.order is None and bool(store.real.all()):
+        if self.in_one_go and step.new == 1 and table.order is None and store.all_real:
             return self._select_one(step, store, table)
         seen = visible(step, store)
         tail = torch.arange(store.tail_start, store.length, device=seen.device)
@@ -118,7 +120,8 @@ class Landmarks(Selector):
         table = table.of_lists(scores.shape[1])
         chunks, kept = self._best(scores, table, wanted)
         if step.new == 1:
-            self._compare(chunks[:, :, 0].masked_fill(~kept[:, :, 0], -1))
+            chosen = chunks[:, :, 0].masked_fill(~kept[:, :, 0], _NONE).sort(-1).values
+            self._compare(chosen, int((chosen == _NONE).sum()))
         return _lists(table, chunks, kept, tail, in_tail)
 
     def _select_one(self, step: Step, store: ChunkedStore, table: ChunkTable) -> ChunkSelection | None:
@@ -174,15 +177,14 @@ class Landmarks(Selector):
         kept = (best.values[..., :most] >= 0) & (torch.arange(most, device=scores.device) < wanted[:, None, :, None])
         return best.indices[..., :most].expand_as(kept), kept
 
-    def _compare(self, chunks: Int[Tensor, "batch groups most"]) -> None:
-        """Count the chunks that were chosen before too; -1 is no chunk."""
+    def _compare(self, chunks: Int[Tensor, "batch groups most"], missing: int = 0) -> None:
+        """Count the chunks, in ascending order, that were chosen before too; so many of them are `_NONE`."""
         before = self._before
         if before is not None and before.shape[0] == chunks.shape[0] and before.shape[2]:
-            slots = torch.searchsorted(before, chunks).clamp_max(before.shape[2] - 1)
-            again = (before.gather(2, slots) == chunks) & (chunks >= 0)
-            self._hits = self._hits.to(chunks.device) + again.sum()
-            self._asked += int((chunks >= 0).sum())
-        self._before = chunks.sort(-1).values
+            self._hits += shared_entries(chunks, before)
+            self._asked += chunks.numel() - missing
+        # No chunk now is not the same as no chunk at the next token.
+        self._before = chunks.masked_fill(chunks == _NONE, _NONE - 1) if missing else chunks
 
 
 def _lists(

@@ -81,7 +81,7 @@ class RotatedStore(ExactStore):
     def append(self, step: Step) -> None:
         self.keys.append(step.keys @ self.basis.to(step.keys))
         self.values.append(step.values)
-        self._real.append(step.real)
+        self._real.append(step)
 
     @override
     def queries(self, queries: Float[Tensor, "batch heads new width"]) -> Float[Tensor, "batch heads new key_width"]:

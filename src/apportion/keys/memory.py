@@ -10,7 +10,7 @@ from typing_extensions import override
 from apportion.errors import InputError
 from apportion.keys.budget import Usage
 from apportion.keys.chunks import ChunkedStore, ChunkSelection
-from apportion.keys.selection import KeySelection
+from apportion.keys.selection import KeySelection, WholeLists
 from apportion.keys.selectors import Selector
 from apportion.keys.stores import ExactStore, Store
 from apportion.models.key_memory import LayerFacts, LayerMemory, Step
@@ -42,7 +42,7 @@ class ComposedMemory(LayerMemory):
         self.facts, self.prompt = facts, prompt
         self.store = ExactStore() if store is None else store
         self.selector = selector
-        self.usage = Usage()
+        self._usage, self._plain = Usage(), 0
         self.newest_selection: KeySelection | None = None
         self._seen, self._batch, self._padded = 0, 1, False
 
@@ -55,6 +55,17 @@ class ComposedMemory(LayerMemory):
     @property
     def batch(self) -> int:
         return self._batch
+
+    @property
+    def usage(self) -> Usage:
+        """What reading and storing have cost so far."""
+        found = self._usage
+        if self._plain:
+            # Of the newest state: summed up here, when somebody asks, rather than at every token.
+            found.bytes_held_dense = self._plain
+            found.bytes_held = self.store.bytes_held() + (self.selector.bytes_held() if self.selector else 0)
+            found.bytes_slow, found.bytes_moved = self.store.bytes_slow(), self.store.bytes_moved
+        return found
 
     @override
     def close(self) -> None:
@@ -97,15 +108,15 @@ class ComposedMemory(LayerMemory):
             mixed = attend_masked(queries, keys, values, mask, step.scaling, step.softcap)
         else:
             keys, values = self.store.read()
-            chosen = (selection.indices, selection.kept)
-            mixed = attend_selected(queries, keys, values, *chosen, step.scaling, step.softcap)
+            kept = None if isinstance(selection, WholeLists) else selection.kept
+            mixed = attend_selected(queries, keys, values, selection.indices, kept, step.scaling, step.softcap)
         self._account(step, selection)
         return self.store.outputs(mixed)
 
     def take_in(self, step: Step) -> None:
         """Remember tokens whose queries nobody asks for: those of a prompt that was read by another memory."""
         self._batch = len(step.keys)
-        self._padded = self._padded or not bool(step.real.all())
+        self._padded = self._padded or not step.all_real
         self._seen += step.new
         self.store.append(step)
         if self.selector is not None:
@@ -119,22 +130,19 @@ class ComposedMemory(LayerMemory):
             self.selector.pick_rows(rows)
 
     def _account(self, step: Step, selection: KeySelection | None) -> None:
-        plain = 2 * self._seen * step.keys.shape[0] * step.keys.shape[1] * step.keys.shape[3] * step.keys.element_size()
-        self.usage.bytes_held_dense = plain
-        self.usage.bytes_held = self.store.bytes_held() + (self.selector.bytes_held() if self.selector else 0)
-        self.usage.bytes_slow, self.usage.bytes_moved = self.store.bytes_slow(), self.store.bytes_moved
+        batch, groups, _, width = step.keys.shape
+        self._plain = 2 * self._seen * batch * groups * width * step.keys.element_size()
         if not self.store.closed:
             return
-        batch, heads = step.queries.shape[:2]
-        there = batch * heads * step.new * self._seen
-        self.usage.steps += 1
-        self.usage.queries += batch * heads * step.new
-        self.usage.keys_there += there
-        self.usage.bytes_dense += plain
+        usage, queries = self._usage, batch * step.queries.shape[1] * step.new
+        usage.steps += 1
+        usage.queries += queries
+        usage.keys_there += queries * self._seen
+        usage.bytes_dense += self._plain
         if selection is not None and self.selector is not None:
-            self.usage.keys_read += selection.total * (heads // selection.lists)
-            self.usage.bytes_read += self.store.bytes_of_selection(selection, self.facts.groups)
-            self.usage.bytes_read += self.selector.bytes_scanned()
+            usage.keys_read += selection.total * (step.queries.shape[1] // selection.lists)
+            usage.bytes_read += self.store.bytes_of_selection(selection, self.facts.groups)
+            usage.bytes_read += self.selector.bytes_scanned()
         else:
-            self.usage.keys_read += batch * heads * step.new * self.store.length
-            self.usage.bytes_read += batch * self.store.bytes_of(self.store.length)
+            usage.keys_read += queries * self.store.length
+            usage.bytes_read += batch * self.store.bytes_of(self.store.length)

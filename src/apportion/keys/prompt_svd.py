@@ -17,7 +17,7 @@ from typing_extensions import override
 from apportion.keys.chunks import ChunkedStore, ChunkRule, ChunkSelection, ChunkTable, divide, order_of, tokens_of
 from apportion.keys.selection import KeySelection
 from apportion.keys.slow_memory import KeptTokens, SlowTokens, put, true_places
-from apportion.keys.stores import Growing, Rotations, gather_tokens
+from apportion.keys.stores import Growing, RealTokens, Rotations, gather_tokens
 from apportion.models.key_memory import Rotation, Step
 from apportion.ops.chunk_attend import attend_chunks
 from apportion.ops.low_rank_keys import low_rank_keys
@@ -62,11 +62,12 @@ class PromptSVDStore(ChunkedStore):
         self._rank, self._rule, self._stays_exact = rank, rule, stays_exact
         self._offload, self._folding, self._layers = offload, folding or Folding(), layers
         # Before closing: everything; afterwards what came after the chunks.
-        self._keys, self._values, self._real = Growing(2), Growing(2), Growing(1)
+        self._keys, self._values, self._real = Growing(2), Growing(2), RealTokens()
         self._rotations = Rotations()
         # Of a prompt that came in one step: what other stores have found of it.
         self._derived: dict[Any, Tensor] | None = None
         self._later: list[Rotation | None] = []
+        self._turned: tuple[Rotation, int, Rotation] | None = None  # all tokens', and how many of them are in factors
         self._compressed: _Compressed | None = None
         self.residual, self.refits = 0.0, 0
         """Share of the keys' squared norm that the basis missed when last used on new ones; bases found anew."""
@@ -92,11 +93,16 @@ class PromptSVDStore(ChunkedStore):
         return self._real.view
 
     @override
+    @property
+    def all_real(self) -> bool:
+        return self._real.all
+
+    @override
     def append(self, step: Step) -> None:
         self._derived = None if self.length else step.derived
         self._keys.append(step.keys)
         self._values.append(step.values)
-        self._real.append(step.real)
+        self._real.append(step)
         if not self.closed:
             self._rotations.append(step.rotation)
         elif self._compressed is not None and self._folding.every is not None:
@@ -155,11 +161,21 @@ class PromptSVDStore(ChunkedStore):
             return None
         self.bytes_moved = now.values.moved
         turned = self._rotation()
-        angles = (None, None) if turned is None else (turned.cos, turned.sin)
-        keys = (now.factors, now.basis, *angles, values)
-        exact = [now.outlier_keys, self._keys.view], [now.outlier_values, self._values.view]
-        limits = step.scaling, step.softcap
-        return attend_chunks(step.queries[:, :, 0], selection.chunks, size, *keys, *exact, *limits)[:, :, None]
+        cos, sin = (None, None) if turned is None else (turned.cos, turned.sin)
+        return attend_chunks(
+            step.queries[:, :, 0],
+            selection.chunks,
+            size,
+            now.factors,
+            now.basis,
+            cos,
+            sin,
+            values,
+            [now.outlier_keys, self._keys.view],
+            [now.outlier_values, self._values.view],
+            step.scaling,
+            step.softcap,
+        )[:, :, None]
 
     def _read_some(self, now: "_Compressed", tokens: Tensor) -> tuple[Tensor, Tensor]:
         in_tail = (tokens - self.tail_start).clamp_min(0)
@@ -261,8 +277,12 @@ class PromptSVDStore(ChunkedStore):
 
     def _rotation(self) -> Rotation | None:
         """Of the tokens that are in factors."""
-        turned = self._rotations.all
-        return None if turned is None else turned.at(slice(0, self.tail_start))
+        turned, count = self._rotations.all, self.tail_start
+        if turned is None:
+            return None
+        if self._turned is None or self._turned[:2] != (turned, count):
+            self._turned = turned, count, turned.at(slice(0, count))
+        return self._turned[2]
 
     def _flat(self, keys: Float[Tensor, "batch groups some width"], start: int) -> Float[Tensor, "batch some all"]:
         """Keys from token ``start`` on, unrotated, those of all heads side by side, zero where there is padding."""

@@ -1,10 +1,12 @@
 """The tokens that queries read, as lists."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+from typing_extensions import override
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,3 +57,25 @@ class KeySelection:
         tokens = int(self.indices.max()) + 1
         batch, _, new, _ = self.indices.shape
         return int(self.mask(tokens).view(batch, groups, rows // groups, new, tokens).any(2).sum())
+
+
+class WholeLists(KeySelection):
+    """Lists that are all of one length: nothing needs to be said of what is kept of them.
+
+    Args:
+        indices: see `KeySelection`; every entry is read.
+    """
+
+    def __init__(self, indices: Int[Tensor, "batch rows new chosen"]) -> None:
+        # Set past the dataclass, which is frozen and one of whose fields is a property here.
+        self.__dict__.update(indices=indices)
+
+    @cached_property
+    def kept(self) -> Bool[Tensor, "batch rows new chosen"]:
+        """See `KeySelection`: everything."""
+        return torch.ones_like(self.indices, dtype=torch.bool)
+
+    @property
+    @override
+    def total(self) -> int:
+        return self.indices.numel()

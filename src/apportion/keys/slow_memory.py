@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from apportion.keys.stores import gather_tokens
+from apportion.ops.shared_entries import shared_entries
 
 
 class KeptTokens:
@@ -91,7 +92,7 @@ class SlowTokens(KeptTokens):
         missing = wanted & ~there
         self._runs = None
         if self._is_one_memory:
-            self._account(missing)
+            self._account(int(missing.sum()))
             self._tokens = tokens.masked_fill(~wanted, 2**62).sort(-1).values
             return gather_tokens(self._content, tokens)
         found = self._resident.new_zeros(*tokens.shape, self._resident.shape[-1])
@@ -100,7 +101,7 @@ class SlowTokens(KeptTokens):
         places = true_places(missing)
         fetched = gather_tokens(self._content, tokens.gather(2, places).to(self._content.device)).to(self._device)
         found = put(found, places, missing, fetched)
-        self._account(missing)
+        self._account(int(missing.sum()))
         # Tokens that were not wanted count as later than all.
         self._tokens, order = tokens.masked_fill(~wanted, 2**62).sort(-1)
         self._resident = gather_tokens(found, order)
@@ -114,10 +115,9 @@ class SlowTokens(KeptTokens):
             return None
         runs = self._runs
         if runs is not None and runs[1] == size and runs[0].shape[2]:
-            slots = torch.searchsorted(runs[0], starts.contiguous()).clamp_max(runs[0].shape[2] - 1)
-            self._account(runs[0].gather(2, slots) != starts, size)
+            self._account(size * (starts.numel() - shared_entries(starts, runs[0])))
         else:
-            self._account(~self._slots(_tokens_of(starts, size))[1])
+            self._account(int((~self._slots(_tokens_of(starts, size))[1]).sum()))
         self._runs = starts, size
         return self._content
 
@@ -162,9 +162,9 @@ class SlowTokens(KeptTokens):
         slots = torch.searchsorted(self._tokens, tokens.contiguous()).clamp_max(self._tokens.shape[-1] - 1)
         return slots, self._tokens.gather(2, slots) == tokens
 
-    def _account(self, missing: Bool[Tensor, "batch groups some"], tokens: int = 1) -> None:
-        """Vectors of so many tokens for each that is missing have come."""
-        self.moved += int(missing.sum()) * tokens * self._content.shape[-1] * self._content.element_size()
+    def _account(self, missing: int) -> None:
+        """So many vectors that were missing have come."""
+        self.moved += missing * self._content.shape[-1] * self._content.element_size()
 
     def _away(self, content: Tensor) -> Tensor:
         return content.cpu().pin_memory() if self._device.type == "cuda" else content

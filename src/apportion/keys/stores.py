@@ -26,33 +26,42 @@ class Growing:
         self.dim = dim
         self.length = 0
         self._room: Tensor | None = None
+        self._view: Tensor | None = None  # of all tokens, once somebody asked for it
 
     def append(self, newest: Tensor) -> None:
         """Add some tokens at the end."""
-        length = self.length + newest.shape[self.dim]
         if self._room is None:
-            self._room = newest
+            self.keep(newest)
         elif newest.requires_grad or self._room.requires_grad:
-            self._room = torch.cat([self.view, newest], dim=self.dim)
+            self.keep(torch.cat([self.view, newest], dim=self.dim))
         else:
-            if length > self._room.shape[self.dim]:
-                shape = list(self._room.shape)
-                shape[self.dim] = max(length, 64 + self.length * 5 // 4)
-                room = self._room.new_empty(shape)
-                room.narrow(self.dim, 0, self.length).copy_(self.view)
-                self._room = room
-            self._room.narrow(self.dim, self.length, newest.shape[self.dim]).copy_(newest)
-        self.length = length
+            room, start = self.more(newest.shape[self.dim])
+            room.narrow(self.dim, start, newest.shape[self.dim]).copy_(newest)
+
+    def more(self, count: int) -> tuple[Tensor, int]:
+        """Room for so many tokens at the end, which whoever asks will write at once: in what, and from where on."""
+        assert self._room is not None, "nothing was appended yet"
+        start, length = self.length, self.length + count
+        if length > self._room.shape[self.dim]:
+            shape = list(self._room.shape)
+            shape[self.dim] = max(length, 64 + start * 5 // 4)
+            room = self._room.new_empty(shape)
+            room.narrow(self.dim, 0, start).copy_(self.view)
+            self._room = room
+        self.length, self._view = length, None
+        return self._room, start
 
     @property
     def view(self) -> Tensor:
         """All tokens so far; a view that the next `append` leaves valid."""
         assert self._room is not None, "nothing was appended yet"
-        return self._room.narrow(self.dim, 0, self.length)
+        if self._view is None:
+            self._view = self._room.narrow(self.dim, 0, self.length)
+        return self._view
 
     def keep(self, tensor: Tensor) -> None:
         """Have this content instead."""
-        self._room, self.length = tensor, tensor.shape[self.dim]
+        self._room, self._view, self.length = tensor, None, tensor.shape[self.dim]
 
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
         """Keep these rows of the batch, in this order."""
@@ -67,7 +76,49 @@ class Growing:
     @property
     def bytes(self) -> int:
         """Of the tokens so far; room kept for later ones is not counted."""
-        return 0 if self._room is None else self.view.numel() * self._room.element_size()
+        if self._room is None:
+            return 0
+        of_token = self._room.numel() // max(1, self._room.shape[self.dim])
+        return of_token * self.length * self._room.element_size()
+
+
+class RealTokens:
+    """Which tokens so far are no padding. As long as all are, only how many there are is kept."""
+
+    def __init__(self) -> None:
+        self.all = True
+        """Whether nothing is padding."""
+        self._one, self._shape = torch.ones(1, 1, dtype=torch.bool), (1, 0)
+        self._mask = Growing(1)
+
+    def append(self, step: Step) -> None:
+        """Take in the newest tokens."""
+        if self.all and step.all_real:
+            if not self._shape[1]:
+                self._one = self._one.to(step.real.device)
+            self._shape = len(step.real), self._shape[1] + step.new
+            return
+        if self.all and self._shape[1]:
+            self._mask.keep(self.view)
+        self.all = False
+        self._mask.append(step.real)
+
+    @property
+    def view(self) -> Bool[Tensor, "batch tokens"]:
+        """Of all tokens."""
+        return self._one.expand(self._shape) if self.all else self._mask.view
+
+    def keep(self, real: Bool[Tensor, "batch tokens"]) -> None:
+        """Have these instead."""
+        self.all, self._mask = bool(real.all()), Growing(1)
+        if self.all:
+            self._one, self._shape = self._one.to(real.device), (real.shape[0], real.shape[1])
+        else:
+            self._mask.keep(real)
+
+    def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.keep(self.view[rows.to(self.view.device)])
 
 
 class Store(ABC):
@@ -107,6 +158,11 @@ class Store(ABC):
     @abstractmethod
     def real(self) -> Bool[Tensor, "batch tokens"]:
         """Which of the readable tokens are no padding."""
+
+    @property
+    def all_real(self) -> bool:
+        """Whether none of the readable tokens is padding."""
+        return bool(self.real.all())
 
     @abstractmethod
     def bytes_held(self) -> int:
@@ -149,7 +205,7 @@ class ExactStore(Store):
     lies_ready = True
 
     def __init__(self) -> None:
-        self.keys, self.values, self._real = Growing(2), Growing(2), Growing(1)
+        self.keys, self.values, self._real = Growing(2), Growing(2), RealTokens()
 
     @override
     @property
@@ -160,7 +216,7 @@ class ExactStore(Store):
     def append(self, step: Step) -> None:
         self.keys.append(step.keys)
         self.values.append(step.values)
-        self._real.append(step.real)
+        self._real.append(step)
 
     @override
     def close(self) -> None:
@@ -181,20 +237,28 @@ class ExactStore(Store):
         return self._real.view
 
     @override
+    @property
+    def all_real(self) -> bool:
+        return self._real.all
+
+    @override
     def bytes_held(self) -> int:
         return self.keys.bytes + self.values.bytes
 
     @override
     def bytes_of(self, tokens: int) -> int:
-        return sum(
-            each.view.shape[1] * each.view.shape[3] * each.view.element_size() * tokens
-            for each in (self.keys, self.values)
-        )
+        keys, values = self.keys.view, self.values.view
+        of_token = keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size()
+        return keys.shape[1] * of_token * tokens
 
     @override
     def pick_rows(self, rows: Int[Tensor, " kept"]) -> None:
         for each in (self.keys, self.values, self._real):
             each.pick_rows(rows)
+
+    @override
+    def bytes_of_selection(self, selection: KeySelection, groups: int) -> int:
+        return self.bytes_of(1) * selection.total // groups
 
     def keep_tokens(self, tokens: Int[Tensor, "batch groups kept"], real: Bool[Tensor, "batch kept"]) -> None:
         """Evict all but some tokens of each key-value head, oldest first; ``real``: which of them are no padding."""

@@ -7,6 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -117,6 +118,12 @@ class Step:
     def new(self) -> int:
         """How many tokens a row has."""
         return self.keys.shape[2]
+
+    @cached_property
+    def all_real(self) -> bool:
+        """Whether nothing is padding."""
+        # One number needs no operation that looks at all, which decoding does in every layer.
+        return bool(self.real) if self.real.numel() == 1 else bool(self.real.all())
 
     @property
     def group(self) -> int:

@@ -1,7 +1,9 @@
 """Kernels. One folder an op: ``reference.py`` is its definition in plain torch, its siblings are the fast ways.
 
 Every op is a ``torch.library`` custom op (``torch.ops.apportion.<name>``) with a fake implementation for tracing and,
-where it is differentiable, a registered gradient. On devices without a kernel of their own the reference runs.
+where it is differentiable, a registered gradient. On devices without a kernel of their own the reference runs. Ops of
+which decoding needs several a token are called past torch's dispatcher where nobody traces or differentiates
+(`apportion.ops.direct`).
 """
 
 from apportion.ops.adam import adam_step_, project_rows_

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from apportion.ops.attend import composed, reference
+from apportion.ops.direct import runs_directly
 from apportion.ops.triton_support import triton_is_missing
 
 __all__ = ["attend", "attend_masked", "attend_selected", "causal"]
@@ -50,13 +51,12 @@ def attend(
     return _nothing_seen(out, seen)
 
 
-@torch.library.custom_op("apportion::attend_selected", mutates_args=())
 def attend_selected(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     indices: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     scaling: float,
     softcap: float | None = None,
 ) -> Tensor:
@@ -70,17 +70,36 @@ def attend_selected(
         values: [batch, groups, tokens, value_width], the queries' dtype.
         indices: int64 [batch, rows, new, chosen], from 0 to tokens - 1; rows are heads, or groups whose heads share a
             list. No key may come twice among the kept ones.
-        kept: bool, the shape of indices: False where a list is shorter than the longest.
+        kept: bool, the shape of indices: False where a list is shorter than the longest; None where none is.
         scaling: of the products.
         softcap: products become ``softcap * tanh(product / softcap)``; None for none.
 
     Returns:
         [batch, heads, new, value_width]; zeros for queries that keep nothing.
     """
+    if runs_directly(queries, keys, values):
+        from apportion.ops.attend import cpu
+
+        return cpu.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+    kept = torch.ones_like(indices, dtype=torch.bool) if kept is None else kept
+    found: Tensor = _attend_selected(queries, keys, values, indices, kept, scaling, softcap)
+    return found
+
+
+@torch.library.custom_op("apportion::attend_selected", mutates_args=())
+def _attend_selected(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    kept: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
     return composed.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
 
 
-@attend_selected.register_kernel("cpu")
+@_attend_selected.register_kernel("cpu")
 def _(
     queries: Tensor,
     keys: Tensor,
@@ -95,7 +114,7 @@ def _(
     return cpu.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
 
 
-@attend_selected.register_kernel("cuda")
+@_attend_selected.register_kernel("cuda")
 def _(
     queries: Tensor,
     keys: Tensor,
@@ -112,7 +131,7 @@ def _(
     return cuda.attend_selected(queries, keys, values, indices, kept, scaling, softcap)
 
 
-@attend_selected.register_fake
+@_attend_selected.register_fake
 def _(
     queries: Tensor,
     keys: Tensor,
@@ -136,7 +155,7 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
     return *to_inputs, None, None, None, None
 
 
-attend_selected.register_autograd(_backward, setup_context=_keep_inputs)
+_attend_selected.register_autograd(_backward, setup_context=_keep_inputs)
 
 
 def attend_masked(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from apportion.ops.chunk_attend import reference
+from apportion.ops.direct import runs_directly
 
 __all__ = ["attend_chunks"]
 
 
-@torch.library.custom_op("apportion::attend_chunks", mutates_args=())
 def attend_chunks(
     queries: Tensor,
     chunks: Tensor,
@@ -48,12 +48,39 @@ def attend_chunks(
     Returns:
         [batch, heads, value_width] in the queries' dtype.
     """
+    if runs_directly(queries, keys, values, *exact_keys, *exact_values):
+        from apportion.ops.chunk_attend import cpu
+
+        return cpu.attend_chunks(
+            queries, chunks, size, keys, basis, cos, sin, values, exact_keys, exact_values, scaling, softcap
+        )
+    found: Tensor = _attend_chunks(
+        queries, chunks, size, keys, basis, cos, sin, values, exact_keys, exact_values, scaling, softcap
+    )
+    return found
+
+
+@torch.library.custom_op("apportion::attend_chunks", mutates_args=())
+def _attend_chunks(
+    queries: Tensor,
+    chunks: Tensor,
+    size: int,
+    keys: Tensor,
+    basis: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    values: Tensor,
+    exact_keys: list[Tensor],
+    exact_values: list[Tensor],
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
     return reference.attend_chunks(
         queries, chunks, size, keys, basis, cos, sin, values, exact_keys, exact_values, scaling, softcap
     )
 
 
-@attend_chunks.register_kernel("cpu")
+@_attend_chunks.register_kernel("cpu")
 def _(
     queries: Tensor,
     chunks: Tensor,
@@ -75,7 +102,7 @@ def _(
     )
 
 
-@attend_chunks.register_fake
+@_attend_chunks.register_fake
 def _(
     queries: Tensor,
     chunks: Tensor,

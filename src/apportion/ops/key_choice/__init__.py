@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
+from apportion.ops.direct import runs_directly
 from apportion.ops.key_choice import reference
 
 __all__ = ["GROUPS", "choose_by_labels", "choose_chunks"]
@@ -16,7 +17,6 @@ __all__ = ["GROUPS", "choose_by_labels", "choose_chunks"]
 GROUPS = ("head", "max", "mean")
 
 
-@torch.library.custom_op("apportion::choose_by_labels", mutates_args=())
 def choose_by_labels(
     queries: Tensor,
     labels: Tensor,
@@ -27,6 +27,7 @@ def choose_by_labels(
     recent: int,
     groups: int,
     group: str,
+    places: Tensor | None = None,
 ) -> Tensor:
     """The tokens whose labels have the largest products with the queries of one token; of equals the earlier ones.
 
@@ -41,15 +42,42 @@ def choose_by_labels(
         recent: newest tokens that are in every list. Together at most ``count``.
         groups: key-value heads.
         group: whose lists: ``head``: each head's own; ``max``, ``mean``: of a key-value head, by its heads' scores.
+        places: int64 [heads * channels]: where each head's channels are among all numbers of a row's queries, which are
+            then [batch, heads, width]; None where queries have the labels' channels alone.
 
     Returns:
         int64 [batch, heads or groups, count], in ascending order.
+
+    Raises:
+        InputError: no such ``group``.
     """
-    _check(group)
+    if group not in GROUPS:
+        raise InputError(f"group={group!r}: one of {', '.join(GROUPS)}")
+    if runs_directly(queries, labels):
+        from apportion.ops.key_choice import cpu
+
+        return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group, places)
+    asked = reference.picked(queries, places)
+    found: Tensor = _choose_by_labels(asked, labels, ranges, bits, count, sinks, recent, groups, group)
+    return found
+
+
+@torch.library.custom_op("apportion::choose_by_labels", mutates_args=())
+def _choose_by_labels(
+    queries: Tensor,
+    labels: Tensor,
+    ranges: Tensor | None,
+    bits: int,
+    count: int,
+    sinks: int,
+    recent: int,
+    groups: int,
+    group: str,
+) -> Tensor:
     return reference.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
 
 
-@choose_by_labels.register_kernel("cpu")
+@_choose_by_labels.register_kernel("cpu")
 def _(
     queries: Tensor,
     labels: Tensor,
@@ -63,11 +91,10 @@ def _(
 ) -> Tensor:
     from apportion.ops.key_choice import cpu
 
-    _check(group)
     return cpu.choose_by_labels(queries, labels, ranges, bits, count, sinks, recent, groups, group)
 
 
-@choose_by_labels.register_fake
+@_choose_by_labels.register_fake
 def _(
     queries: Tensor,
     labels: Tensor,
@@ -83,14 +110,8 @@ def _(
     return queries.new_empty(queries.shape[0], lists, count, dtype=torch.int64)
 
 
-@torch.library.custom_op("apportion::choose_chunks", mutates_args=())
 def choose_chunks(
-    queries: Tensor,
-    means: Tensor,
-    candidates: Tensor,
-    count: int,
-    scaling: float,
-    softcap: float | None = None,
+    queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """The chunks whose mean keys some head of a key-value head wants most, as a softmax over the candidates says.
 
@@ -105,10 +126,22 @@ def choose_chunks(
     Returns:
         int64 [batch, groups, count], in ascending order; of equal chunks the earlier ones.
     """
+    if runs_directly(queries, means):
+        from apportion.ops.key_choice import cpu
+
+        return cpu.choose_chunks(queries, means, candidates, count, scaling, softcap)
+    found: Tensor = _choose_chunks(queries, means, candidates, count, scaling, softcap)
+    return found
+
+
+@torch.library.custom_op("apportion::choose_chunks", mutates_args=())
+def _choose_chunks(
+    queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
+) -> Tensor:
     return reference.choose_chunks(queries, means, candidates, count, scaling, softcap)
 
 
-@choose_chunks.register_kernel("cpu")
+@_choose_chunks.register_kernel("cpu")
 def _(
     queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
@@ -117,13 +150,8 @@ def _(
     return cpu.choose_chunks(queries, means, candidates, count, scaling, softcap)
 
 
-@choose_chunks.register_fake
+@_choose_chunks.register_fake
 def _(
     queries: Tensor, means: Tensor, candidates: Tensor, count: int, scaling: float, softcap: float | None = None
 ) -> Tensor:
     return queries.new_empty(*means.shape[:2], count, dtype=torch.int64)
-
-
-def _check(group: str) -> None:
-    if group not in GROUPS:
-        raise InputError(f"group={group!r}: one of {', '.join(GROUPS)}")

@@ -34,6 +34,15 @@ def choose_by_labels(
     return _best(scores, count)
 
 
+def picked(
+    queries: Float[Tensor, "batch heads width"], places: Int[Tensor, " all_channels"] | None
+) -> Float[Tensor, "batch heads channels"]:
+    """The numbers of queries that labels have; see ``apportion.ops.key_choice.choose_by_labels``."""
+    if places is None:
+        return queries
+    return queries.flatten(1).index_select(1, places).view(*queries.shape[:2], -1)
+
+
 def choose_chunks(
     queries: Float[Tensor, "batch heads width"],
     means: Float[Tensor, "batch groups chunks width"],

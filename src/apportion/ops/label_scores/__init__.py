@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from apportion.errors import InputError
+from apportion.ops.direct import runs_directly
 from apportion.ops.label_scores import reference
 from apportion.ops.triton_support import triton_is_missing
 
-__all__ = ["BITS", "label_scores", "pack_labels", "packed_label_scores", "unpack_labels"]
+__all__ = ["BITS", "label_scores", "pack_channels_into", "pack_labels", "packed_label_scores", "unpack_labels"]
 
 BITS = (2, 4, 8)
 
@@ -104,6 +105,26 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
         return cpu.pack_labels(labels, bits)
     return reference.pack_labels(labels, bits)
+
+
+def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor, ranges: Tensor, token: int) -> None:
+    """`pack_labels` of one token, whose label is some numbers of its vectors, written to where labels are kept.
+
+    Args:
+        vectors: [batch, heads, 1, width].
+        places: int64 [rows * channels]; the label of row ``r`` is the numbers ``places[r * channels:][:channels]`` of a
+            token's vectors side by side.
+        bits: see `pack_labels`.
+        codes: uint8 [batch, rows, packed, tokens], planar, of any strides; those of the token are written over.
+        ranges: float32 [batch, rows, 2, tokens], likewise.
+        token: which.
+    """
+    if bits in BITS and vectors.dtype == torch.float32 and runs_directly(vectors, places, codes, ranges):
+        from apportion.ops.label_scores import cpu
+
+        cpu.pack_channels_into(vectors, places, bits, codes, ranges, token)
+        return
+    reference.pack_channels_into(vectors, places, bits, codes, ranges, token)
 
 
 def unpack_labels(codes: Tensor, ranges: Tensor, bits: int, channels: int) -> Tensor:

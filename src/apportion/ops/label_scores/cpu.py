@@ -10,10 +10,13 @@ from typing import no_type_check
 import numba
 import numpy as np
 import torch
+from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from apportion.ops.label_scores import reference
+from apportion.ops.label_scores.vector import score_codes
 from apportion.ops.numbers import flat, number
+from apportion.ops.team import address_of, pointer_to, run_on_team, take_task
 from apportion.ops.threads import matching_threads
 
 _TILE = 512  # tokens scored together: their scores stay in the first-level cache, their labels in the second
@@ -56,57 +59,59 @@ def _score(query, memory, start, step, channels, scores):
             )
 
 
-@numba.njit(parallel=True, fastmath=_FAST, cache=True)
+@numba.njit(cache=True)
 @no_type_check
-def _label_scores(queries, channels, labels, steps, rows, tile, out):
-    """``out[row, query, token]``: products of the queries of a row with its labels."""
-    tokens = out.shape[2]
-    tiles = (tokens + tile - 1) // tile
-    for task in numba.prange(out.shape[0] * tiles):
-        row, first = task // tiles, task % tiles * tile
-        size = min(tile, tokens - first)
-        start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
-        memory, start, step = _planar(labels, start, size, steps, channels)
-        for query in range(out.shape[1]):
-            _score(queries[row, query], memory, start, step, channels, out[row, query, first : first + size])
+def score_plain(queries, channels, labels, start, steps, out, to, out_step, size):
+    """Products of queries with a tile of ``size`` labels: query ``i``'s from ``out[to + i * out_step]`` on."""
+    memory, at, step = _planar(labels, start, size, steps, channels)
+    for query in range(queries.shape[0]):
+        first = to + query * out_step
+        _score(queries[query], memory, at, step, channels, out[first : first + size])
 
 
 @numba.njit(cache=True)
 @no_type_check
-def _unpacked(memory, start, step, size, bits, channels):
-    """The codes of a tile as numbers, planar."""
-    in_byte, mask = 8 // bits, np.uint8(2**bits - 1)
-    own = np.empty(channels * size, np.float32)
-    for channel in range(channels):
-        at = start + channel // in_byte * step
-        packed, shift = memory[at : at + size], np.uint8(channel % in_byte * bits)
-        codes = own[channel * size : (channel + 1) * size]
-        for token in range(size):
-            codes[token] = np.float32((packed[token] >> shift) & mask)
-    return own
-
-
-@numba.njit(parallel=True, fastmath=_FAST, cache=True)
-@no_type_check
-def _packed_label_scores(queries, channels, codes, code_steps, ranges, range_steps, bits, rows, tile, out):
+def score_packed(
+    queries, channels, codes, start, steps, ranges, range_start, range_steps, bits, out, to, out_step, size
+):  # fmt: skip
     """The same by codes: ``minimum * sum of the query + step * sum of query times code``."""
-    tokens, planes = out.shape[2], (channels * bits + 7) // 8
+    planes = (channels * bits + 7) // 8
+    memory, at, step = _planar(codes, start, size, steps, planes)
+    bounds, lows, range_step = _planar(ranges, range_start, size, range_steps, 2)
+    for query in range(queries.shape[0]):
+        asked = queries[query]
+        score_codes(
+            asked,
+            asked.sum(), planes, bits, memory, at, step, bounds, lows, lows + range_step, size, out,
+            to + query * out_step,
+        )  # fmt: skip
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _label_scores(queries, channels, labels, steps, rows, tile, tokens, out):
+    """``out[row, query, token]``, in one dimension: products of the queries of a row with its labels."""
     tiles = (tokens + tile - 1) // tile
-    for task in numba.prange(out.shape[0] * tiles):
+    for task in numba.prange(queries.shape[0] * tiles):
         row, first = task // tiles, task % tiles * tile
-        size = min(tile, tokens - first)
-        start = row // rows * code_steps[0] + row % rows * code_steps[1] + first * code_steps[2]
-        memory, start, step = _planar(codes, start, size, code_steps, planes)
-        unpacked = _unpacked(memory, start, step, size, bits, channels)
-        start = row // rows * range_steps[0] + row % rows * range_steps[1] + first * range_steps[2]
-        bounds, start, step = _planar(ranges, start, size, range_steps, 2)
-        lows, widths = bounds[start : start + size], bounds[start + step : start + step + size]
-        for query in range(out.shape[1]):
-            scores = out[row, query, first : first + size]
-            _score(queries[row, query], unpacked, 0, size, channels, scores)
-            total = queries[row, query].sum()
-            for token in range(size):
-                scores[token] = total * lows[token] + widths[token] * scores[token]
+        start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
+        to, size = row * queries.shape[1] * tokens + first, min(tile, tokens - first)
+        score_plain(queries[row], channels, labels, start, steps, out, to, tokens, size)
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _packed_label_scores(queries, channels, codes, steps, ranges, range_steps, bits, rows, tile, tokens, out):
+    """The same by codes."""
+    tiles = (tokens + tile - 1) // tile
+    for task in numba.prange(queries.shape[0] * tiles):
+        row, first = task // tiles, task % tiles * tile
+        start = row // rows * steps[0] + row % rows * steps[1] + first * steps[2]
+        range_start = row // rows * range_steps[0] + row % rows * range_steps[1] + first * range_steps[2]
+        to, size = row * queries.shape[1] * tokens + first, min(tile, tokens - first)
+        score_packed(
+            queries[row], channels, codes, start, steps, ranges, range_start, range_steps, bits, out, to, tokens, size
+        )
 
 
 @numba.njit(cache=True)
@@ -157,6 +162,56 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, ranges
 
 
+# What `_pack_channels` is told, after the number of the next task (see `run_on_team`).
+(
+    _LABELS, _ROWS, _CHANNELS, _BITS, _VECTORS, _WIDTH, _BATCH_STEP, _HEAD_STEP, _PLACES,
+    _CODES, _CODE_BATCH, _CODE_ROW, _CODE_STEP, _RANGES, _RANGE_BATCH, _RANGE_ROW, _RANGE_STEP,
+) = range(1, 18)  # fmt: skip
+_EVERYTHING = 2**40  # a size for memory whose end a kernel does not ask for
+
+
+@no_type_check
+def _pack_channels(told):
+    """Every label of one token: few numbers, but so far apart in memory that two threads wait half as long for it."""
+    channels, bits, width = told[_CHANNELS], told[_BITS], told[_WIDTH]
+    vectors = carray(pointer_to(told[_VECTORS]), _EVERYTHING, np.float32)
+    places = carray(pointer_to(told[_PLACES]), told[_ROWS] * channels, np.int64)
+    codes = carray(pointer_to(told[_CODES]), _EVERYTHING, np.uint8)
+    ranges = carray(pointer_to(told[_RANGES]), _EVERYTHING, np.float32)
+    label, own = np.empty(channels, np.float32), np.empty((channels * bits + 7) // 8, np.uint8)
+    each = take_task(told)
+    while each < told[_LABELS]:
+        batch, row = each // told[_ROWS], each % told[_ROWS]
+        for channel in range(channels):
+            place = places[row * channels + channel]
+            label[channel] = vectors[batch * told[_BATCH_STEP] + place // width * told[_HEAD_STEP] + place % width]
+        own[:] = 0
+        low, step = pack_label(label, bits, own)
+        at = batch * told[_CODE_BATCH] + row * told[_CODE_ROW]
+        for plane in range(own.shape[0]):
+            codes[at + plane * told[_CODE_STEP]] = own[plane]
+        at = batch * told[_RANGE_BATCH] + row * told[_RANGE_ROW]
+        ranges[at], ranges[at + told[_RANGE_STEP]] = low, step
+        each = take_task(told)
+
+
+def pack_channels_into(vectors: Tensor, places: Tensor, bits: int, codes: Tensor, ranges: Tensor, token: int) -> None:
+    """See ``apportion.ops.label_scores.pack_channels_into``."""
+    batch, _, _, width = vectors.shape
+    rows, labels = codes.shape[1], places.shape[0] // max(1, codes.shape[1])
+    if vectors.stride(3) != 1 and width > 1:
+        vectors = vectors.contiguous()
+    batch_step, head_step = vectors.stride()[:2]
+    code_batch, code_row, code_step, code_token = codes.stride()
+    range_batch, range_row, range_step, range_token = ranges.stride()
+    run_on_team(
+        address_of(_pack_channels),
+        *(batch * rows, rows, labels, bits, vectors.data_ptr(), width, batch_step, head_step, places.data_ptr()),
+        *(codes.data_ptr() + token * code_token, code_batch, code_row, code_step),
+        *(ranges.data_ptr() + 4 * token * range_token, range_batch, range_row, range_step),
+    )
+
+
 def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
     """See ``apportion.ops.label_scores.label_scores``."""
     batch, heads, new, channels = queries.shape
@@ -173,7 +228,9 @@ def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
     wanted = _padded(queries, rows)
     out = torch.empty(batch * rows, wanted.shape[1], tokens)
     with matching_threads():
-        _label_scores(wanted.numpy(), channels, flat(labels), labels.stride(), rows, _TILE, out.numpy())
+        _label_scores(
+            wanted.numpy(), channels, flat(labels), labels.stride(), rows, _TILE, tokens, out.view(-1).numpy()
+        )
     return out.view(batch, heads, new, tokens)
 
 
@@ -196,7 +253,8 @@ def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: in
             bits,
             rows,
             _TILE,
-            out.numpy(),
+            tokens,
+            out.view(-1).numpy(),
         )
     return out.view(batch, heads, new, tokens)
 

@@ -1,7 +1,7 @@
 """What scoring tokens by their labels is, in plain torch: unpack, widen, multiply."""
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from apportion.ops.packing import pack_codes, unpack_codes
@@ -57,3 +57,18 @@ def unpack_labels(
 def sum_type(*operands: Tensor) -> torch.dtype:
     """The type in which products are summed."""
     return torch.float64 if any(each.dtype == torch.float64 for each in operands) else torch.float32
+
+
+def pack_channels_into(
+    vectors: Float[Tensor, "batch heads 1 width"],
+    places: Int[Tensor, " all_channels"],
+    bits: int,
+    codes: UInt8[Tensor, "batch rows packed tokens"],
+    ranges: Float[Tensor, "batch rows 2 tokens"],
+    token: int,
+) -> None:
+    """See ``apportion.ops.label_scores.pack_channels_into``."""
+    picked = vectors.detach().flatten(1).index_select(1, places)
+    newest = pack_labels(picked.view(len(vectors), codes.shape[1], 1, -1), bits)
+    for room, packed in zip((codes, ranges), newest, strict=True):
+        room[..., token] = packed[:, :, 0]

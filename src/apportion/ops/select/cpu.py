@@ -19,7 +19,10 @@ from torch import Tensor
 
 from apportion.ops.numbers import bits_of, float_of
 from apportion.ops.select.reference import Places
+from apportion.ops.select.vector import reaching_by_compress
+from apportion.ops.spmm.vector import has_expand
 from apportion.ops.threads import matching_threads
+from apportion.ops.vectors import LANES
 
 _COLUMN_TILE = 64  # columns scanned together: whole cache lines of every row, and few enough heaps to stay in cache
 _SAMPLE = 65_536  # scores looked at to estimate the cut; the estimate is off by about 1 % of the winners at 1 % density
@@ -73,19 +76,27 @@ def offer(values, places, size, capacity, value, place):
     return size
 
 
+@numba.njit(cache=True)
+@no_type_check
+def row_by_heap(scores, winners):
+    """The best places of one row, ascending."""
+    count = winners.shape[0]
+    values = np.empty(count, scores.dtype)
+    places = np.empty(count, np.int64)
+    size = 0
+    for column in range(scores.shape[0]):
+        value = scores[column]
+        if size < count or value > values[0]:
+            size = offer(values, places, size, count, value, column)
+    places.sort()
+    winners[:] = places
+
+
 @numba.njit(parallel=True, cache=True)
 @no_type_check
-def _rows(scores, count, winners):
+def _rows(scores, winners):
     for row in numba.prange(scores.shape[0]):
-        values = np.empty(count, scores.dtype)
-        places = np.empty(count, np.int64)
-        size = 0
-        for column in range(scores.shape[1]):
-            value = scores[row, column]
-            if size < count or value > values[0]:
-                size = offer(values, places, size, count, value, column)
-        places.sort()
-        winners[row] = places
+        row_by_heap(scores[row], winners[row])
 
 
 @numba.njit(cache=True, inline="always")
@@ -118,7 +129,7 @@ def _last_winner(keys, count):
 
 @numba.njit(cache=True)
 @no_type_check
-def _reaching(scores, cut, places):
+def _reaching_by_loop(scores, cut, places):
     """List the places whose score reaches the cut, without a branch; how many there are."""
     found = 0
     for column in range(scores.shape[0]):
@@ -127,36 +138,55 @@ def _reaching(scores, cut, places):
     return found
 
 
-@numba.njit(parallel=True, cache=True)
+_reaching = reaching_by_compress if has_expand() else _reaching_by_loop
+
+
+@numba.njit(cache=True)
 @no_type_check
-def _rows_by_cut(scores, count, stride, winners):
-    """As ``_rows``, for many winners: candidates by a cut that a sample suggests, then the last winner among them."""
-    columns = scores.shape[1]
+def row_by_cut(scores, stride, winners):
+    """As ``row_by_heap``, for many winners: candidates by a cut that a sample suggests, then the last of them."""
+    count, columns = winners.shape[0], scores.shape[0]
     sampled = (columns + stride - 1) // stride
     expected = count / stride
     rank = int(expected + 3 * np.sqrt(expected) + 3)
+    places = np.empty(columns + LANES, np.int32)
+    found = 0
+    if rank < sampled:
+        sample = np.empty(sampled, np.uint32)
+        for place in range(sampled):
+            sample[place] = _sortable(scores[place * stride])
+        key, _ = _last_winner(sample, rank)
+        cut = float_of(key ^ (np.uint32(0x80000000) if key >> np.uint32(31) else np.uint32(0xFFFFFFFF)))
+        found = _reaching(scores, cut, places)
+    if found < count:
+        found = _reaching(scores, np.float32(-np.inf), places)
+    keys = np.empty(found, np.uint32)
+    for place in range(found):
+        keys[place] = _sortable(scores[places[place]])
+    last, ties = _last_winner(keys, count)
+    written = 0
+    for place in range(found):
+        if keys[place] > last or (keys[place] == last and ties > 0):
+            ties -= keys[place] == last
+            winners[written] = places[place]
+            written += 1
+
+
+@numba.njit(parallel=True, cache=True)
+@no_type_check
+def _rows_by_cut(scores, stride, winners):
     for row in numba.prange(scores.shape[0]):
-        places = np.empty(columns, np.int32)
-        found = 0
-        if rank < sampled:
-            sample = np.empty(sampled, np.uint32)
-            for place in range(sampled):
-                sample[place] = _sortable(scores[row, place * stride])
-            key, _ = _last_winner(sample, rank)
-            cut = float_of(key ^ (np.uint32(0x80000000) if key >> np.uint32(31) else np.uint32(0xFFFFFFFF)))
-            found = _reaching(scores[row], cut, places)
-        if found < count:
-            found = _reaching(scores[row], np.float32(-np.inf), places)
-        keys = np.empty(found, np.uint32)
-        for place in range(found):
-            keys[place] = _sortable(scores[row, places[place]])
-        last, ties = _last_winner(keys, count)
-        written = 0
-        for place in range(found):
-            if keys[place] > last or (keys[place] == last and ties > 0):
-                ties -= keys[place] == last
-                winners[row, written] = places[place]
-                written += 1
+        row_by_cut(scores[row], stride, winners[row])
+
+
+@numba.njit(cache=True)
+@no_type_check
+def best_of_row(scores, winners):
+    """The best places of one row of float32, ascending, whichever way is faster."""
+    if winners.shape[0] < _LARGE_HEAP:
+        row_by_heap(scores, winners)
+    else:
+        row_by_cut(scores, max(1, scores.shape[0] // _ROW_SAMPLE), winners)
 
 
 @numba.njit(parallel=True, cache=True)
@@ -280,9 +310,9 @@ def select_rows(scores: Float[Tensor, "rows columns"], count: int) -> Places:
         array = _comparable(scores)
         with matching_threads():
             if count < _LARGE_HEAP or array.dtype != np.float32:
-                _rows(array, count, winners.numpy())
+                _rows(array, winners.numpy())
             else:
-                _rows_by_cut(array, count, max(1, columns // _ROW_SAMPLE), winners.numpy())
+                _rows_by_cut(array, max(1, columns // _ROW_SAMPLE), winners.numpy())
     return torch.arange(rows + 1) * count, winners.view(-1)
 
 
