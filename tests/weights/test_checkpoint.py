@@ -116,7 +116,8 @@ def test_reading_takes_the_memory_of_the_packed_model(lm, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=surroundings)
         peak[how] = int(done.stdout)
     assert peak["dense"] > 0.9 * saved.dense_bytes
-    assert peak["packed"] < 2 * saved.bytes < 0.3 * saved.dense_bytes
+    # The file as it is mapped, and beside it the layers as kernels read them.
+    assert peak["packed"] < 3 * saved.bytes < 0.45 * saved.dense_bytes
 
 
 def test_the_report_says_what_runs_dense_and_why(lm, tmp_path):

@@ -13,3 +13,23 @@ def native_bfloat16() -> tuple[str, ...]:
     ask: Callable[[], dict[str, bool]] = getattr(torch.cpu, "get_capabilities", dict)
     capabilities = ask()
     return tuple(name for name in ("amx_bf16", "avx512_bf16") if capabilities.get(name))
+
+
+@functools.cache
+def has_expand() -> bool:
+    """Whether this processor expands packed float32 and bfloat16 by a mask in one instruction."""
+    features = _features()
+    return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vl", "avx512vbmi2"))
+
+
+@functools.cache
+def has_lookup() -> bool:
+    """Whether this processor looks up 16 numbers among 32 in one instruction."""
+    return bool(_features().get("avx512f", False))
+
+
+def _features() -> dict[str, bool]:
+    # Not at the top: whoever asks about torch alone need not load LLVM.
+    from llvmlite import binding
+
+    return dict(binding.get_host_cpu_features())

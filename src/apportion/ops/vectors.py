@@ -35,6 +35,12 @@ def floats(lanes=LANES):
 
 
 @no_type_check
+def integers(value, lanes=LANES):
+    """A constant: the same 32-bit integer everywhere."""
+    return ir.Constant(ir.VectorType(I32, lanes), [value] * lanes)
+
+
+@no_type_check
 def load(builder, array, place, lanes=LANES):
     """So many numbers from ``array[place]`` on, which are float32, or bfloat16 in 16 unsigned bits."""
     number = array.type.pointee
@@ -43,7 +49,7 @@ def load(builder, array, place, lanes=LANES):
     if number == F32:
         return found
     wide = builder.zext(found, ir.VectorType(I32, lanes))
-    return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, [16] * lanes)), floats(lanes))
+    return builder.bitcast(builder.shl(wide, integers(16, lanes)), floats(lanes))
 
 
 @no_type_check
@@ -84,6 +90,15 @@ def multiply_add(builder, left, right, total):
 def add_product(builder, left, right, total):
     """``total += left * right`` for a variable."""
     builder.store(multiply_add(builder, left, right, builder.load(total)), total)
+
+
+@no_type_check
+def total_of(builder, variables):
+    """The sum of some variables."""
+    total = builder.load(variables[0])
+    for each in variables[1:]:
+        total = builder.fadd(total, builder.load(each))
+    return total
 
 
 @no_type_check

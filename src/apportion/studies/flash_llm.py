@@ -27,9 +27,9 @@ from torch import Tensor
 
 from apportion.models import load
 from apportion.models.families import blocks_of
+from apportion.ops.processor import has_expand
 from apportion.ops.spmm import cpu
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
-from apportion.ops.spmm.vector import has_expand
 from apportion.report import plots
 from apportion.report.plots import ParetoPoint
 from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows

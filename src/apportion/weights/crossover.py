@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from apportion.ops.processor import has_expand
 from apportion.ops.spmm import runs_compiled, runs_tiles
 from apportion.ops.spmm.formats import Bitmap, NarrowCSR
 from apportion.ops.spmm.tiles import Tiles
-from apportion.ops.spmm.vector import has_expand
 
 COUNTS = (1, 4, 16, 64)
 BUDGET = 0.05  # seconds for a shape

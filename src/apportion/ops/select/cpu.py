@@ -18,9 +18,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from apportion.ops.numbers import bits_of, float_of
+from apportion.ops.processor import has_expand
 from apportion.ops.select.reference import Places
 from apportion.ops.select.vector import reaching_by_compress
-from apportion.ops.spmm.vector import has_expand
 from apportion.ops.threads import matching_threads
 from apportion.ops.vectors import LANES
 

@@ -15,7 +15,7 @@ from apportion.ops.vectors import I1, I16, I32, I64, LANES, data_of, function_of
 def reaching_by_compress(typing_context, scores, cut, places):
     """List the places whose score reaches the cut (16 more than there are scores must fit); how many there are.
 
-    It leans on an instruction of AVX-512, see ``spmm.vector.has_expand``.
+    It leans on an instruction of AVX-512, see `apportion.ops.processor.has_expand`.
     """
     signature = types.int64(scores, types.float32, places)
 

@@ -17,6 +17,7 @@ call checks types and sizes; that a bitmap has as many bits as values is for who
 import torch
 from torch import Tensor
 
+from apportion.ops.processor import has_lookup
 from apportion.ops.spmm import reference
 from apportion.ops.spmm.tiles import COLUMNS, ROWS, Tiles
 from apportion.ops.triton_support import triton_is_missing
@@ -35,8 +36,6 @@ def runs_tiles(values: Tensor) -> bool:
     """Whether there is a kernel for tiles of these values here: in the CPU's memory, and with instructions for it."""
     if values.dtype not in (torch.float32, torch.bfloat16) or values.device.type != "cpu":
         return False
-    from apportion.ops.spmm.tile_vector import has_lookup
-
     return has_lookup()
 
 

@@ -22,18 +22,17 @@ from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from apportion.ops.numbers import number, stored
-from apportion.ops.processor import native_bfloat16
+from apportion.ops.processor import has_expand, native_bfloat16
 from apportion.ops.spmm.vector import (
-    LANES,
     WORD,
     columns_by_compress,
     expanded_dots,
     expanded_row,
-    has_expand,
     trailing_zeros,
     wide_sum,
 )
 from apportion.ops.team import address_of, pointer_to, run_on_team, take_task
+from apportion.ops.vectors import LANES
 
 _FAST = {"reassoc", "contract", "nsz"}
 WAYS = ("expand", "nonzeros", "panels")
