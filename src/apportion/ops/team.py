@@ -96,7 +96,7 @@ def scratch(count: int) -> Tensor:
     """
     found: Tensor | None = getattr(_OWN, "memory", None)
     if found is None or found.numel() < count:
-        found = _OWN.memory = torch.empty(count)
+        found = _OWN.memory = torch.empty(count, dtype=torch.float32)
     return found
 
 

@@ -203,7 +203,7 @@ def attend_selected(
     packed, indices, kept = floats(packed), indices.contiguous(), None if kept is None else kept.contiguous()
     keys, values = readable(keys), readable(values)
     lists, parts = batch * rows * new, -(-chosen // _PART)
-    out = torch.empty(batch, heads, new, value_width)
+    out = torch.empty(batch, heads, new, value_width, dtype=torch.float32)
     run_on_team(
         address_of(_attend_float32 if keys.dtype == torch.float32 else _attend_bfloat16),
         *(lists, parts, group, width, value_width, chosen, _PART, new, rows, rows // keys.shape[1]),

@@ -122,9 +122,9 @@ def attend_selected(
     packed = queries.reshape(batch, rows, group, new, width).transpose(2, 3).contiguous()
     keys, values = (each if each.stride(-1) == 1 else each.contiguous() for each in (keys, values))
     lists, parts = batch * rows * new, triton.cdiv(chosen, _PART)
-    most = torch.empty(lists, parts, group, device=queries.device)
+    most = torch.empty(lists, parts, group, device=queries.device, dtype=torch.float32)
     sums = torch.empty_like(most)
-    mixed = torch.empty(lists, parts, group, value_width, device=queries.device)
+    mixed = torch.empty(lists, parts, group, value_width, device=queries.device, dtype=torch.float32)
     with on_device_of(queries):
         _attend[(lists, parts)](
             packed,

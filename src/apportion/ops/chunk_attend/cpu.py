@@ -176,7 +176,7 @@ def attend_chunks(
     tables, angles = [readable(each) for each in tables], [readable(each) for each in angles]
     basis = None if basis is None else floats(basis)
     asked, chunks = floats(queries), chunks.contiguous()
-    out = torch.empty(batch, heads, value_width)
+    out = torch.empty(batch, heads, value_width, dtype=torch.float32)
     run_on_team(
         address_of(_float32 if values.dtype == torch.float32 else _bfloat16),
         *(lists, groups, group, width, value_width, asked.data_ptr(), chunks.data_ptr(), chosen, size, _PART, _EXACT),

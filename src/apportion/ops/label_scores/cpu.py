@@ -152,7 +152,7 @@ def pack_labels(labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     wide = labels.detach().float().contiguous()
     channels = wide.shape[-1]
     codes = torch.empty(*wide.shape[:-1], -(-channels * bits // 8), dtype=torch.uint8)
-    ranges = torch.empty(*wide.shape[:-1], 2)
+    ranges = torch.empty(*wide.shape[:-1], 2, dtype=torch.float32)
     given = (wide.view(-1, channels).numpy(), bits, codes.view(-1, codes.shape[-1]).numpy(), ranges.view(-1, 2).numpy())
     if wide.numel() < _FEW:
         _pack_few(*given)
@@ -226,7 +226,7 @@ def label_scores(queries: Tensor, labels: Tensor) -> Tensor:
     if labels.dtype not in (torch.float32, torch.bfloat16):
         labels = labels.float()
     wanted = _padded(queries, rows)
-    out = torch.empty(batch * rows, wanted.shape[1], tokens)
+    out = torch.empty(batch * rows, wanted.shape[1], tokens, dtype=torch.float32)
     with matching_threads():
         _label_scores(
             wanted.numpy(), channels, flat(labels), labels.stride(), rows, _TILE, tokens, out.view(-1).numpy()
@@ -241,7 +241,7 @@ def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: in
     if queries.dtype == torch.float64 or 0 in (queries.numel(), codes.numel()):
         return reference.packed_label_scores(queries, codes, ranges, bits)
     wanted = _padded(queries, rows)
-    out = torch.empty(batch * rows, wanted.shape[1], tokens)
+    out = torch.empty(batch * rows, wanted.shape[1], tokens, dtype=torch.float32)
     with matching_threads():
         _packed_label_scores(
             wanted.numpy(),

@@ -85,7 +85,7 @@ def packed_label_scores(queries: Tensor, codes: Tensor, ranges: Tensor, bits: in
 def _scored(queries: Tensor, labels: Tensor, ranges: Tensor, bits: int) -> Tensor:
     batch, heads, new, channels = queries.shape
     rows, tokens = labels.shape[1:3]
-    out = torch.zeros(batch, heads, new, tokens, device=queries.device)
+    out = torch.zeros(batch, heads, new, tokens, device=queries.device, dtype=torch.float32)
     if 0 in (queries.numel(), labels.numel()):
         return out
     with on_device_of(queries):

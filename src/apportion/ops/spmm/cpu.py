@@ -324,7 +324,7 @@ def bitmap_matmul(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: 
         way = "nonzeros"
     if way == "panels":
         return _by_panels(x, bits, starts, values)
-    out = torch.empty(count, rows)
+    out = torch.empty(count, rows, dtype=torch.float32)
     if out.numel() == 0 or words == 0:
         return out.zero_().to(x.dtype)
     shared = (starts.data_ptr(), bits.data_ptr(), values.data_ptr(), values.numel())
@@ -345,7 +345,7 @@ def bitmap_matmul(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, way: 
 def csr_narrow_matmul(x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     """``x @ W.T`` in the type of ``x``; see ``apportion.ops.spmm.csr_narrow_matmul``."""
     count, rows = x.shape[0], starts.shape[0] - 1
-    out = torch.zeros(count, rows)
+    out = torch.zeros(count, rows, dtype=torch.float32)
     if out.numel() and values.numel():
         source = _columns(x.float())
         index = "uint16" if columns.dtype == torch.uint16 else "int32"
@@ -358,7 +358,7 @@ def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> 
     """``x @ W.T`` in the type of ``x``; see ``apportion.ops.spmm.block_matmul``."""
     _, height, width = blocks.shape
     count, groups = x.shape[0], starts.shape[0] - 1
-    out = torch.zeros(count, groups * height)
+    out = torch.zeros(count, groups * height, dtype=torch.float32)
     if out.numel() and blocks.numel():
         source = x.float().contiguous()
         told = (starts.data_ptr(), columns.data_ptr(), blocks.data_ptr(), blocks.numel(), source.data_ptr())

@@ -135,7 +135,7 @@ def bitmap_matmul(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, split
         splits = min(8, triton.cdiv(_PROGRAMS, grid[0] * grid[1]))
     share = triton.cdiv(words, max(1, min(splits, words)))
     splits = triton.cdiv(words, share)
-    out = torch.empty(splits, count, rows, device=x.device)
+    out = torch.empty(splits, count, rows, device=x.device, dtype=torch.float32)
     held = values if values.numel() else values.new_zeros(1)
     with on_device_of(x):
         _bitmap[(*grid, splits)](
@@ -167,7 +167,7 @@ def block_matmul(x: Tensor, starts: Tensor, columns: Tensor, blocks: Tensor) -> 
         return reference.block_matmul(x, starts, columns, blocks)
     if 0 in (count, groups, blocks.numel()):
         return x.new_zeros(count, groups * height)
-    out = torch.empty(count, groups * height, device=x.device)
+    out = torch.empty(count, groups * height, device=x.device, dtype=torch.float32)
     wide = _power(count)
     with on_device_of(x):
         _blocks[(groups, triton.cdiv(count, wide))](
