@@ -117,6 +117,7 @@ def test_nan_and_infinite_weights_reach_the_result(way):
         assert bool(found[:, [0, 3]].isfinite().all())
 
 
+@needs_lookup
 def test_a_row_does_not_depend_on_the_others():
     weight, x = masked((40, 200), 0.8), inputs(16, 200)
     together = product(x, weight, "tiles")
@@ -124,6 +125,7 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(product(x, weight[rows], "tiles"), together[:, rows])
 
 
+@needs_lookup
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_every_number_of_threads_finds_the_same_bits(threads, monkeypatch):
     monkeypatch.setattr(tile_product, "_ALONE", 0)

@@ -31,5 +31,7 @@ def has_lookup() -> bool:
 def _features() -> dict[str, bool]:
     # Not at the top: whoever asks about torch alone need not load LLVM.
     from llvmlite import binding
+    from numba import config
 
-    return dict(binding.get_host_cpu_features())
+    # Told to compile for another processor (NUMBA_CPU_NAME), numba cannot use what this one has.
+    return {} if getattr(config, "CPU_NAME", None) else dict(binding.get_host_cpu_features())
