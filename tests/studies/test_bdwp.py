@@ -20,7 +20,7 @@ def test_multiply_adds_are_counted_over_all_layers():
 
 def test_only_2_of_8_and_the_lower_speed_up_count():
     size = study._SIZES["default"]
-    measured: study.Measured = defaultdict(lambda: defaultdict(lambda: [0.9, 0.9, 0.9]))
+    measured: study.Values = defaultdict(lambda: defaultdict(lambda: [0.9, 0.9, 0.9]))
     simulated = {f"2:8: {name}, batch 512": {"speed-up": 1.6} for name in size.networks}
     counted = [each for each in study._claims(size, measured, simulated) if each.part_of_verdict]
     assert [each.verdict for each in counted] == ["holds", "does not hold", "holds"]

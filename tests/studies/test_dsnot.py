@@ -12,7 +12,7 @@ from apportion.studies.workbench import Workbench
 def _verdicts(**losses: float) -> dict[str, tuple[str, bool]]:
     names = {"magnitude": dsnot._MAGNITUDE, "from_magnitude": dsnot._FROM_MAGNITUDE, "wanda": dsnot._WANDA}
     names |= {"swapped": dsnot._SWAPPED, "published": dsnot._PUBLISHED}
-    measured: dsnot.Measured = defaultdict(lambda: defaultdict(list))
+    measured: dsnot.Values = defaultdict(lambda: defaultdict(list))
     for name, loss in losses.items():
         measured[f"60 %: {names[name]}"]["loss"] = [loss + noise for noise in (0.0, 0.1, 0.2)]
     return {each.claim: (each.verdict, each.part_of_verdict) for each in dsnot._claims(measured)}

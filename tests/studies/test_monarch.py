@@ -94,7 +94,7 @@ def test_brute_force_finds_the_projection_and_nothing_nearer() -> None:
     assert 1 - 1e-9 < ratio < 1.01
 
 
-def _measured(margins: dict[str, float]) -> monarch.Measured:
+def _measured(margins: dict[str, float]) -> monarch.Values:
     """Every arm at 2 bits but those named."""
     names = [f"from scratch: {arm}" for arm in monarch._SCRATCH]
     names += [f"dense to sparse, published width: {arm}" for arm in monarch._PROJECTED]

@@ -11,7 +11,7 @@ from apportion.studies.workbench import Workbench
 
 def test_only_high_sparsity_counts_against_sr_ste():
     size = study._SIZES["default"]
-    measured: study.Measured = defaultdict(lambda: defaultdict(lambda: [0.5, 0.5, 0.5]))
+    measured: study.Values = defaultdict(lambda: defaultdict(lambda: [0.5, 0.5, 0.5]))
     claims = study._claims(size, measured)
     against = {
         each.claim: each.part_of_verdict for each in claims if "exponential is more accurate than SR" in each.claim
@@ -31,14 +31,14 @@ def test_geometric_windows_are_only_tried_where_they_fit():
 
 def test_every_arm_is_judged_as_a_binary_network(monkeypatch: pytest.MonkeyPatch):
     seen = []
-    judge = study._judge
+    judge = study.judged
 
     def look(network, data):
         if type(network[2]).__name__ == "Linear":
             seen.append(int((network[2].weight != 0).reshape(-1, 8).sum(dim=1).max()))
         return judge(network, data)
 
-    monkeypatch.setattr(study, "_judge", look)
+    monkeypatch.setattr(study, "judged", look)
     monkeypatch.setitem(study._SIZES, "smoke", replace(study._SIZES["smoke"], patterns=("1:8",), steps=10))
     finding = study.run("smoke", [0], Workbench())
     assert seen == [8] + [1] * 9  # the dense one, one-shot and eight recipes; random masks stay masks

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from apportion.data.digits import Digits, digits
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, Values, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.small_networks import DigitsNetwork, batches_of, best_rate, cross_entropy, fit, judged, seeded
 from apportion.studies.workbench import Workbench
@@ -218,7 +218,7 @@ def _products(step: Any) -> float:
     return sum(each.cycles for each in step.parts if each.dataflow)
 
 
-def _claims(size: _Size, measured: Measured, simulated: dict[str, dict[str, float]]) -> list[Comparison]:
+def _claims(size: _Size, measured: Values, simulated: dict[str, dict[str, float]]) -> list[Comparison]:
     def of(arm: str, metric: str = "accuracy") -> Tensor:
         return torch.tensor(measured[arm][metric])
 

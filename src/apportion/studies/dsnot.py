@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from apportion.models import LanguageModel, load
 from apportion.models.block_walk import walked_losses
 from apportion.report import ResultRow, plots
-from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, Values, collect_rows
 from apportion.studies.machine import machine
 from apportion.studies.workbench import Workbench
 from apportion.weights.dsnot import DSnoT
@@ -180,7 +180,7 @@ class _Trial:
         self._lm.model.load_state_dict(self._dense)
 
 
-def _claims(measured: Measured) -> list[Comparison]:
+def _claims(measured: Values) -> list[Comparison]:
     def lower(better: str, worse: str) -> list[float]:
         pairs = zip(measured[f"60 %: {worse}"][_LOSS], measured[f"60 %: {better}"][_LOSS], strict=True)
         return [other - own for other, own in pairs]
@@ -218,7 +218,7 @@ def _notes(size: _Size) -> list[str]:
     ]
 
 
-def _plot(measured: Measured) -> str:
+def _plot(measured: Values) -> str:
     rows = []
     for name, metrics in measured.items():
         for metric in (_LOSS, _ERROR):

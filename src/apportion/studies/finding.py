@@ -157,6 +157,10 @@ def by_condition(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return conditions
 
 
+Values = Mapping[str, Mapping[str, list[float]]]
+"""What was measured: a value a seed of each metric of each name."""
+
+
 class Measured(dict[str, dict[str, list[float]]]):
     """What a study measures, as it comes in: ``measured[name][metric]`` has a value a seed."""
 

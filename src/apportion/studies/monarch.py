@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from apportion.models import load
 from apportion.models.families import blocks_of
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Measured, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Scale, Values, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.monarch_exactness import exactness
 from apportion.studies.monarch_networks import (
@@ -278,7 +278,7 @@ class _RealWeights:
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 
-def _claims(size: _Size, measured: Measured) -> list[Comparison]:
+def _claims(size: _Size, measured: Values) -> list[Comparison]:
     def of(name: str, metric: str = BITS) -> Tensor:
         return torch.tensor(measured[name][metric], dtype=torch.float64)
 
@@ -342,7 +342,7 @@ def _notes(size: _Size, task: CharacterTask, rates: dict[str, float]) -> list[st
     ]
 
 
-def _plot(measured: Measured) -> str:
+def _plot(measured: Values) -> str:
     """Relative errors by share of parameters, means over matrices."""
     collected: dict[tuple[str, float], list[float]] = defaultdict(list)
     for name, figures in measured.items():

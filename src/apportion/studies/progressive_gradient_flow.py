@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from apportion.data.digits import Digits, digits
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Measured, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Scale, Values, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.small_networks import DigitsNetwork, batches_of, best_rate, fit, judged, seeded
 from apportion.studies.workbench import Workbench
@@ -202,7 +202,7 @@ def _parse(pattern: str) -> NofMPattern:
     return NofMPattern(n, m)
 
 
-def _claims(size: _Size, measured: Measured) -> list[Comparison]:
+def _claims(size: _Size, measured: Values) -> list[Comparison]:
     def of(pattern: str, arm: str, metric: str) -> Tensor:
         return torch.tensor(measured[f"{pattern}: {arm}"][metric])
 
@@ -258,7 +258,7 @@ def _more(of: Any, pattern: str, metric: str, arm: str, other: str) -> Tensor:
     return of(pattern, arm, metric) - of(pattern, other, metric)
 
 
-def _picture(size: _Size, measured: Measured) -> str:
+def _picture(size: _Size, measured: Values) -> str:
     arms = (_ONE_SHOT, _RANDOM, "STE", _SR_STE, "MdGf linear", _EXPONENTIAL, "SdGf stepwise")
     points = [
         _point(arm, pattern, measured[f"{pattern}: {arm}"]["accuracy"]) for arm in arms for pattern in size.patterns

@@ -30,7 +30,7 @@ from apportion.data import corpus
 from apportion.data.characters import VOCABULARY, characters, windows
 from apportion.models import LanguageModel, load
 from apportion.report import plots
-from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, collect_rows
+from apportion.studies.finding import Comparison, Finding, Measured, Row, Scale, Values, collect_rows
 from apportion.studies.machine import machine, one_thread
 from apportion.studies.small_networks import WINDOW, bits_per_character, character_batches, fit, seeded
 from apportion.studies.workbench import Workbench
@@ -308,7 +308,7 @@ class _LanguageTrial:
 # --- what it says ----------------------------------------------------------------------------------------------------
 
 
-def _claims(size: _Size, measured: Measured) -> list[Comparison]:
+def _claims(size: _Size, measured: Values) -> list[Comparison]:
     def margin(where: str, arm: str, other: str, metric: str = "bits per character") -> list[float]:
         pairs = zip(measured[f"{where}: {arm}"][metric], measured[f"{where}: {other}"][metric], strict=True)
         return [b - a for a, b in pairs]
