@@ -1,7 +1,8 @@
 # Everything a newcomer types. `make help` lists it.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-# Two pytest workers, one thread each: the default machine has two cores.
+# Two pytest workers, one thread each: the default machine has two cores. Who is done takes from the other: tests are of
+# very unlike length.
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -41,7 +42,7 @@ bench: peers ## measure speed and memory on an idle machine, then write docs/per
 	$(BIN)/python -m benchmarks --plots
 
 test: venv ## run the tests with coverage (a single file: .venv/bin/pytest tests/test_import.py)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --cov --cov-report=term
 
 lint: venv ## ruff, mypy and the floors' import contracts
 	$(BIN)/ruff check .
