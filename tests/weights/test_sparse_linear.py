@@ -116,6 +116,7 @@ def test_it_can_be_saved_and_read_as_a_state():
 def test_a_copy_multiplies_by_its_own_weight():
     packed = SparseLinear.from_linear(pruned())
     before = packed(some(2, 72))
+    # In memory, as multiprocessing hands a module to a worker.
     for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         copied.values.mul_(2)
         torch.testing.assert_close(copied(some(2, 72)) - packed.bias, 2 * (before - packed.bias))

@@ -1,9 +1,9 @@
 """Kernels. One folder an op: ``reference.py`` is its definition in plain torch, its siblings are the fast ways.
 
 Every op is a ``torch.library`` custom op (``torch.ops.apportion.<name>``) with a fake implementation for tracing and,
-where it is differentiable, a registered gradient. On devices without a kernel of their own the reference runs. Ops of
-which decoding needs several a token are called past torch's dispatcher where nobody traces or differentiates
-(`apportion.ops.direct`).
+where it is differentiable, a registered gradient; packing labels and counting entries are plain functions. On devices
+without a kernel of their own the reference runs. Ops of which decoding needs several a token are called past torch's
+dispatcher where nobody traces or differentiates (`apportion.ops.direct`).
 """
 
 from apportion.ops.adam import adam_step_, project_rows_
@@ -15,7 +15,7 @@ from apportion.ops.key_choice import choose_by_labels, choose_chunks
 from apportion.ops.label_scores import label_scores, pack_labels, packed_label_scores, unpack_labels
 from apportion.ops.low_rank_keys import low_rank_keys
 from apportion.ops.select import select_above, select_columns, select_rows, select_total
-from apportion.ops.spmm import bitmap_matmul, block_matmul, csr_narrow_matmul
+from apportion.ops.spmm import bitmap_matmul, block_matmul, csr_narrow_matmul, tiles_matmul
 
 __all__ = [
     "adam_step_",
@@ -39,5 +39,6 @@ __all__ = [
     "select_columns",
     "select_rows",
     "select_total",
+    "tiles_matmul",
     "unpack_labels",
 ]

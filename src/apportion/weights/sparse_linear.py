@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from apportion.errors import InputError
+from apportion.ops.direct import runs_directly
 from apportion.ops.spmm import (
     bitmap_matmul,
     block_matmul,
@@ -198,7 +199,7 @@ class SparseLinear(nn.Module):
     def _product(self, x: Tensor) -> Tensor:
         held = self._buffers
         values: Any = held["values"]
-        direct = x.device.type == "cpu" and not torch.compiler.is_compiling() and runs_compiled(x, values)
+        direct = runs_directly(x, values) and runs_compiled(x, values)
         if direct:
             from apportion.ops.spmm import cpu
         if self._kind == "tiles":

@@ -26,7 +26,7 @@ COLUMNS = 32
 """Columns of a tile: as many as one instruction looks up among."""
 STRIDE = 4
 """Steps come in fours, so that processors foresee how many a tile has; those beyond a tile's longest row are empty."""
-_CHUNK = 2**18  # places that are packed at a time: what that takes in between is some ten megabytes
+_CHUNK = 2**18  # places that are packed at a time: more take more memory in between, and no less time
 
 
 @dataclass(frozen=True, eq=False)
