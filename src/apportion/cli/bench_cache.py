@@ -106,7 +106,7 @@ def bench_cache(
         new_tokens = max(each.new_tokens for each in kinds.values())
         protocol = Protocol(_names(modes), steps=not quick, generate=write, new_tokens=new_tokens)
     if out is not None:
-        from apportion.features.run import check_writable
+        from apportion.data.files import check_writable
 
         with about("--out"):
             check_writable(out)

@@ -64,9 +64,8 @@ def circuit(
 
     Example: [cyan]apportion circuit runs/layer9 runs/layer5 --prompt "The war lasted from 1732 to 17"[/cyan]
     """
-    from apportion.data.files import write_json
+    from apportion.data.files import check_writable, write_json
     from apportion.features.circuit_graph import Node
-    from apportion.features.run import check_writable
     from apportion.features.transcoder_circuits import greedy_circuit, influence_circuit
     from apportion.models import load
     from apportion.report import token_texts

@@ -103,9 +103,9 @@ def compare(
 
     A trade-off: [cyan]apportion compare smollm2 --rules topk,mutual,jumprelu --budget 16,32,64 --seeds 3[/cyan]
     """
+    from apportion.data.files import check_writable
     from apportion.features.run import (
         check_run_folder,
-        check_writable,
         evaluate_dictionary,
         make_recipe,
         spliced_loss,

@@ -45,7 +45,8 @@ def compare_dictionaries(
 
     Example: [cyan]apportion compare-dictionaries runs/seed-0 runs/seed-1[/cyan] and open runs/seed-0/comparison.html
     """
-    from apportion.features.run import check_writable, open_run
+    from apportion.data.files import check_writable
+    from apportion.features.run import open_run
     from apportion.features.similarity import best_matches, compare_activations, one_to_one
     from apportion.report.comparison import Comparison, Side, comparison_figures, texts_of, write_comparison
 

@@ -50,7 +50,7 @@ def compress(
         raise InputError(f"--dtype {dtype}: choose from {', '.join(_DTYPES)}")
     if Path(model).expanduser().resolve() == out.expanduser().resolve():
         raise InputError(f"--out {out} is MODEL itself: write to another folder")
-    from apportion.features.run import check_writable
+    from apportion.data.files import check_writable
 
     with about("--out"):
         check_writable(out)

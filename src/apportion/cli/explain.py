@@ -123,6 +123,7 @@ def explain(
 
     Example: [cyan]apportion explain runs/first --features +100[/cyan], then [cyan]apportion report runs/first[/cyan]
     """
+    from apportion.data.files import check_writable
     from apportion.features.auto_interp import (
         ExampleSettings,
         Interpretation,
@@ -130,7 +131,7 @@ def explain(
         collect_examples,
         interpret_features,
     )
-    from apportion.features.run import check_writable, open_run, reopen_store
+    from apportion.features.run import open_run, reopen_store
     from apportion.models import load
     from apportion.models.sentences import SentenceEncoder
     from apportion.models.spelling import speller

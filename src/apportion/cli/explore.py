@@ -50,7 +50,7 @@ def explore(
 
     Example: [cyan]apportion explore runs/heads --upstream runs/residual --prompt "Mary gave John a"[/cyan]
     """
-    from apportion.features.run import check_writable
+    from apportion.data.files import check_writable
     from apportion.report.explorer import DEFAULT_PROMPTS, write_explorer
 
     started = time.perf_counter()

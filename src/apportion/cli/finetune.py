@@ -110,7 +110,8 @@ def finetune(
 
     Example: [cyan]apportion finetune runs/pruned --teacher smollm2 --text code --steps 200 --out runs/recovered[/cyan]
     """
-    from apportion.features.run import check_text, check_writable
+    from apportion.data.files import check_writable
+    from apportion.features.run import check_text
     from apportion.weights.squarehead import Distillation
 
     started = time.perf_counter()

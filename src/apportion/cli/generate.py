@@ -99,7 +99,7 @@ def generate(
         with about("--method"):
             chosen = method_named(method, wanted)
     if save is not None:
-        from apportion.features.run import check_writable
+        from apportion.data.files import check_writable
 
         with about("--save"):
             check_writable(save)

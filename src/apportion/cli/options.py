@@ -134,7 +134,8 @@ class DataOptions:
             check: refuses recipes that cannot work, given the width of the activations.
             job: the processes that harvest them, if there are several.
         """
-        from apportion.features.run import ActivationSource, check_text, check_writable, prepare_store
+        from apportion.data.files import check_writable
+        from apportion.features.run import ActivationSource, check_text, prepare_store
         from apportion.models import Site, load
 
         if self.dataset is not None and self.text != "english":

@@ -38,8 +38,8 @@ def report(
     import dataclasses
 
     from apportion.cli.reporting import write_run_report
-    from apportion.data.files import write_json
-    from apportion.features.run import check_writable, evaluate_dictionary, open_run, reopen_store, spliced_loss
+    from apportion.data.files import check_writable, write_json
+    from apportion.features.run import evaluate_dictionary, open_run, reopen_store, spliced_loss
     from apportion.models import load
 
     started = time.perf_counter()

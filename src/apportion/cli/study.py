@@ -43,7 +43,7 @@ def study(
     if scale not in ("smoke", "default", "long", "gpu"):
         raise InputError(f"--scale {scale}: one of smoke, default, long, gpu")
     if write:
-        from apportion.features.run import check_writable
+        from apportion.data.files import check_writable
 
         with about("--docs"):
             check_writable(docs)

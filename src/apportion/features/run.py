@@ -25,8 +25,7 @@ from torch import Tensor
 from apportion.allocate import FeatureChoice, MutualChoice, Rule, Threshold, TokenChoice, Uniform, Zipf
 from apportion.data import corpus
 from apportion.data.corpora import add_to_digest
-from apportion.data.files import check_writable as check_writable  # where commands look for it
-from apportion.data.files import read_json, write_json
+from apportion.data.files import check_writable, read_json, write_json
 from apportion.errors import InputError
 from apportion.features.dictionary import SparseAutoencoder
 from apportion.features.distributed import fit_dictionary_over_mesh
